@@ -1,0 +1,129 @@
+"""The compressor protocol: score → pool → select → gather.
+
+A compressor looks at one host's candidates in one layer and keeps `keep` of them per KV head. Subclass `Compressor`,
+write `score`, and say in `needs` what it wants to see beside k, v and q.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from einops import repeat
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from apb.compress.pool import MaxPool, Pool
+from apb.compress.select import select
+
+__all__ = ["Candidates", "Compressor", "Document", "Kept", "Need", "Projections"]
+
+Need = Literal["query", "projections", "document"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Projections:
+    """The token's projections before RoPE (for Qwen3: after its q/k norms)."""
+
+    q: Float[Tensor, "batch q_heads tokens dim"]
+    k: Float[Tensor, "batch kv_heads tokens dim"]
+    v: Float[Tensor, "batch kv_heads tokens dim"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """Every host's queries and keys in the document's order; only the exact oracle asks for it."""
+
+    q: Float[Tensor, "batch q_heads document dim"]
+    k: Float[Tensor, "batch kv_heads document dim"]
+    start: int
+    """Where the candidates start in the document."""
+    later: int
+    """First row of the blocks that will read what is kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidates:
+    """The tokens of one block that may be passed on, in one layer, after RoPE; and what the compressor asked for."""
+
+    q: Float[Tensor, "batch q_heads tokens dim"]
+    k: Float[Tensor, "batch kv_heads tokens dim"]
+    v: Float[Tensor, "batch kv_heads tokens dim"]
+    layer: int = 0
+    block: int = 0
+    """The block's place in the document."""
+    query: Float[Tensor, "batch q_heads query dim"] | None = None
+    """The question's own query vectors, after RoPE."""
+    projections: Projections | None = None
+    document: Document | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """What a block passes on: K and V at their original positions, and where they stood among the candidates."""
+
+    k: Float[Tensor, "batch kv_heads kept dim"]
+    v: Float[Tensor, "batch kv_heads kept dim"]
+    indices: Int[Tensor, "batch kv_heads kept"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compressor(ABC):
+    """Choose which keys and values a block passes on (APB section 3.4).
+
+    Attributes:
+        pool: how scores are smoothed over neighbouring tokens before the selection.
+    """
+
+    pool: Pool = MaxPool(kernel=5)
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What `score` reads beside q, k and v."""
+        return frozenset()
+
+    @abstractmethod
+    def score(self, candidates: Candidates) -> Float[Tensor, "batch kv_heads tokens"]:
+        """Return how much each candidate matters, per KV head; higher is kept first."""
+
+    def compress(self, candidates: Candidates, keep: int) -> Kept:
+        """Keep the `keep` best candidates of each KV head, sorted by position; ties go to the lowest position.
+
+        Args:
+            candidates: one block's tokens in one layer.
+            keep: how many to keep, 0 ≤ keep ≤ tokens.
+
+        Raises:
+            ValueError: `keep` out of range, something in `needs` is missing, or scores of the wrong shape or NaN.
+        """
+        batch, kv_heads, tokens, _ = candidates.k.shape
+        if not 0 <= keep <= tokens:
+            raise ValueError(f"keep: expected 0 to {tokens}, the number of candidates, got {keep}")
+        if 0 < keep < tokens:
+            for need in sorted(self.needs):
+                if getattr(candidates, need) is None:
+                    raise ValueError(
+                        f"candidates.{need}: {type(self).__name__} reads it, got None; let the method make the plan "
+                        f"(APB(compressor=…).plan(…)) and give its context what it reads"
+                    )
+            scores = self.score(candidates)
+            if scores.shape != (batch, kv_heads, tokens):
+                raise ValueError(
+                    f"scores: {type(self).__name__}.score returned shape {tuple(scores.shape)}, expected "
+                    f"(batch, kv_heads, tokens) = {(batch, kv_heads, tokens)}"
+                )
+            if scores.isnan().any():
+                raise ValueError(
+                    f"scores: {type(self).__name__} gave NaN in layer {candidates.layer}, block {candidates.block}; "
+                    f"look for NaN or infinite activations before this layer"
+                )
+            indices = select(self.pool(scores.float()), keep)
+        else:
+            indices = repeat(
+                torch.arange(keep, device=candidates.k.device), "n -> b h n", b=batch, h=kv_heads
+            )
+        return Kept(k=_gather(candidates.k, indices), v=_gather(candidates.v, indices), indices=indices)
+
+
+def _gather(x: Tensor, indices: Tensor) -> Tensor:
+    return x.gather(2, indices[..., None].expand(-1, -1, -1, x.shape[-1]))

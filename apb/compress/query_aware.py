@@ -1,0 +1,34 @@
+"""Keep what points the way the question looks: training free (Spava, arXiv 2601.21444)."""
+
+from dataclasses import dataclass
+
+import torch
+from einops import einsum, reduce
+from jaxtyping import Float
+from torch import Tensor
+
+from apb.compress.compressor import Candidates, Compressor, Need
+
+__all__ = ["QueryAware"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueryAware(Compressor):
+    """score(t) = k_t · mean over the question's tokens and the group's heads of q, after RoPE.
+
+    The question's vectors come from inside the anchor (`query_in="anchor"`: the anchor sees only itself, so they are
+    the same on all hosts and nothing depends on later tokens) or from the question running along with the prefill
+    (`query_in="prefill"`: Spava's way; what is kept then depends on the whole document through the question).
+    """
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """The question's query vectors."""
+        return frozenset({"query"})
+
+    def score(self, candidates: Candidates) -> Float[Tensor, "batch kv_heads tokens"]:
+        """Return the mean logit of the question on each candidate, without scale: only the order matters."""
+        assert candidates.query is not None  # `compress` has checked `needs`
+        k = candidates.k
+        question = reduce(candidates.query.to(torch.float32), "b (h g) l d -> b h d", "mean", h=k.shape[1])
+        return einsum(k.to(torch.float32), question, "b h n d, b h d -> b h n")

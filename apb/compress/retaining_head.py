@@ -1,0 +1,109 @@
+"""Locret's retaining heads: a small trained network per layer scores each token (arXiv 2410.01805; APB's choice)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from apb.compress.compressor import Candidates, Compressor, Need
+
+__all__ = ["RetainingHead", "load_retaining_head"]
+
+_KEY = "model.layers.{layer}.self_attn.{part}.weight"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetainingHead(Compressor):
+    """scores(t) = fc2(silu(fc1(concat(q_t, k_t, v_t)))) on the projections before RoPE; one score per KV head.
+
+    Attributes:
+        fc1: per layer, `[width, (q_heads + 2 · kv_heads) · dim]` (the paper's width is 1024).
+        fc2: per layer, `[kv_heads, width]`.
+    """
+
+    fc1: tuple[Tensor, ...]
+    fc2: tuple[Tensor, ...]
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """The projections before RoPE."""
+        return frozenset({"projections"})
+
+    def check_fits(self, *, layers: int, heads: int, kv_heads: int, head_dim: int) -> None:
+        """Check that the heads were made for a model of this shape.
+
+        Raises:
+            ValueError: naming what the checkpoint holds and what the model has.
+        """
+        wide = (heads + 2 * kv_heads) * head_dim
+        held = (len(self.fc1), self.fc1[0].shape[1], self.fc2[0].shape[0])
+        if held != (layers, wide, kv_heads):
+            raise ValueError(
+                f"retaining heads: the checkpoint is for a model of {held[0]} layers, (q + 2 kv heads) · dim = "
+                f"{held[1]} and {held[2]} KV heads; this model has {layers}, {wide} and {kv_heads}. Load the "
+                f"checkpoint trained for this model, or use a compressor that needs none (query-aware)"
+            )
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> "RetainingHead":
+        """Return the same heads on another device and in another dtype."""
+        fc1, fc2 = (tuple(w.to(device, dtype) for w in part) for part in (self.fc1, self.fc2))
+        return RetainingHead(pool=self.pool, fc1=fc1, fc2=fc2)
+
+    def score(self, candidates: Candidates) -> Float[Tensor, "batch kv_heads tokens"]:
+        """Return the heads' scores in the weights' dtype."""
+        p, layer = candidates.projections, candidates.layer
+        assert p is not None  # `compress` has checked `needs`
+        if layer >= len(self.fc1):
+            raise ValueError(f"layer: the checkpoint holds {len(self.fc1)} layers, got layer {layer}")
+        x = torch.cat([rearrange(part, "b h n d -> b n (h d)") for part in (p.q, p.k, p.v)], dim=-1)
+        hidden = F.silu(F.linear(x.to(self.fc1[layer].dtype), self.fc1[layer]))
+        return rearrange(F.linear(hidden, self.fc2[layer]), "b n h -> b h n")
+
+
+def load_retaining_head(path: str | Path) -> RetainingHead:
+    """Load retaining heads from a flat state dict in the released APB-Locret checkpoints' format.
+
+    Args:
+        path: a `.safetensors` file, or `.bin`/`.pt` (read with `weights_only=True`); keys
+            `model.layers.{i}.self_attn.fc1.weight` and `…fc2.weight`, with or without a `module.` prefix.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: another kind of file, missing layers, or widths that do not fit each other.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"retaining heads: no file at {path}")
+    weights: Mapping[str, Tensor]
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        weights = load_file(path)
+    elif path.suffix in (".bin", ".pt"):
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    else:
+        raise ValueError(f"retaining heads: expected a .safetensors, .bin or .pt file, got {path.name}")
+    weights = {key.removeprefix("module."): value for key, value in weights.items()}
+    layers = sum(key.endswith("self_attn.fc1.weight") for key in weights)
+    wanted = [_KEY.format(layer=i, part=part) for i in range(layers) for part in ("fc1", "fc2")]
+    missing = [key for key in wanted if key not in weights]
+    if not layers or missing:
+        found = ", ".join(list(weights)[:3]) or "nothing"
+        raise ValueError(
+            f"retaining heads: {path.name} lacks {missing[0] if missing else _KEY.format(layer=0, part='fc1')}; it "
+            f"holds {found}, … . Expected a flat state dict of fc1 and fc2 weights for every layer"
+        )
+    fc1, fc2 = (tuple(weights[key] for key in wanted[i::2]) for i in (0, 1))
+    for layer, (one, two) in enumerate(zip(fc1, fc2, strict=True)):
+        fits = one.ndim == two.ndim == 2 and one.shape[0] == two.shape[1]
+        if not fits or one.shape != fc1[0].shape or two.shape != fc2[0].shape:
+            raise ValueError(
+                f"retaining heads: layer {layer} has fc1 {tuple(one.shape)} and fc2 {tuple(two.shape)}; expected "
+                f"[width, inputs] and [kv_heads, width], the same in every layer"
+            )
+    return RetainingHead(fc1=fc1, fc2=fc2)

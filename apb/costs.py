@@ -1,0 +1,100 @@
+"""What a plan costs each host: query–key pairs, FLOPs, bytes and messages, per layer.
+
+Counted from the plan's blocks, so that they can be checked against the closed formulas and against a mask.
+"""
+
+from dataclasses import dataclass
+
+from apb.plan import ContextPlan
+
+__all__ = ["HostCost", "ModelShape", "attention_pairs", "host_cost", "message_tokens"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """The sizes of a decoder layer that costs depend on."""
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    layers: int
+    bytes_per_value: int = 2
+
+    @property
+    def linear_flops_per_token(self) -> int:
+        """FLOPs of one token in one layer outside attention: QKV and O projections and a gated FFN (2 per MAC)."""
+        projections = self.hidden * (2 * self.heads + 2 * self.kv_heads) * self.head_dim
+        return 2 * (projections + 3 * self.hidden * self.ffn)
+
+
+LLAMA_3_1_8B = ModelShape(hidden=4096, heads=32, kv_heads=8, head_dim=128, ffn=14336, layers=32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostCost:
+    """One host's cost in one layer. FLOPs count a multiply–add as 2."""
+
+    rows: int
+    pairs: int
+    attention_flops: int
+    linear_flops: int
+    sent_bytes: int
+    messages: int
+    cache_bytes: int
+
+    @property
+    def flops(self) -> int:
+        """Attention and linear FLOPs together."""
+        return self.attention_flops + self.linear_flops
+
+
+def attention_pairs(plan: ContextPlan, rank: int) -> int:
+    """Count the query–key pairs that host `rank` scores for each query head.
+
+    Anchor a(a+1)/2; each block b(a + p) + b(b+1)/2; a running query sees the host's blocks, and on the owner itself.
+    """
+    host = plan.host(rank)
+    pairs = host.anchor_rows * (host.anchor_rows + 1) // 2
+    for block in host.blocks:
+        seen = (plan.anchor_rows if block.sees_anchor else 0) + block.passing_tokens
+        pairs += block.tokens * seen + block.tokens * (block.tokens + 1) // 2
+    pairs += host.query_rows * host.block_rows
+    if rank == plan.owner:
+        pairs += host.query_rows * (host.query_rows + 1) // 2
+    return pairs
+
+
+def message_tokens(plan: ContextPlan, slot: int) -> int:
+    """Return how many tokens of K and V each host puts into gather number `slot` (its block number `slot`).
+
+    An all-gather wants equal shares, so it is the largest kept count of that slot; shorter ones are padded.
+    """
+    return max(host.blocks[slot].kept_tokens for host in plan.host_plans)
+
+
+def host_cost(plan: ContextPlan, rank: int, shape: ModelShape) -> HostCost:
+    """Return what host `rank` computes and sends in one layer of the prefill.
+
+    Attention 4 · pairs · d · Hq FLOPs; a gather sends (H − 1) · kept · Hkv · 2d values per host.
+    """
+    host = plan.host(rank)
+    pairs = attention_pairs(plan, rank)
+    kv_bytes = shape.kv_heads * 2 * shape.head_dim * shape.bytes_per_value
+    gathered = [message_tokens(plan, slot) for slot in range(plan.blocks_per_host)]
+    sent = sum((plan.hosts - 1) * tokens * kv_bytes for tokens in gathered)
+    messages = sum(tokens > 0 for tokens in gathered)
+    if host.query_rows and plan.hosts > 1:
+        # The running query's partial attention: float32 output and LSE of every query head.
+        sent += (plan.hosts - 1) * host.query_rows * shape.heads * (shape.head_dim + 1) * 4
+        messages += 1
+    return HostCost(
+        rows=host.rows,
+        pairs=pairs,
+        attention_flops=4 * pairs * shape.head_dim * shape.heads,
+        linear_flops=host.rows * shape.linear_flops_per_token,
+        sent_bytes=sent,
+        messages=messages,
+        cache_bytes=host.block_rows * kv_bytes,
+    )

@@ -1,0 +1,170 @@
+"""APB: anchor + passing blocks (arXiv 2502.12085). Plan, compress, pass, attend."""
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from apb.attend import Backend, masked_attention
+from apb.compress.compressor import Candidates, Compressor, Document, Need, Projections
+from apb.compress.query_aware import QueryAware
+from apb.context import Context
+from apb.parallel.decode import start_attend_over_hosts
+from apb.parallel.host import Handle
+from apb.parallel.passing import PassingBlocks, gather_document
+from apb.plan import ContextPlan, Layout, QueryIn, plan_context
+
+__all__ = ["APB"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class APB:
+    """Each host attends to the anchor, to what earlier hosts found worth passing, and to its own block.
+
+    Attributes:
+        anchor: l_a, document tokens in the anchor, ≥ 0.
+        passing: l_p, tokens each block passes on, ≥ 0.
+        compressor: chooses those tokens.
+        query_in: whether the query sits in the "anchor" (the paper) or runs along with the "prefill" (Spava).
+        layout: "contiguous" (the paper) or "zigzag" blocks.
+        backend: who computes the masked attention.
+    """
+
+    anchor: int
+    passing: int
+    compressor: Compressor = field(default_factory=QueryAware)
+    query_in: QueryIn = "anchor"
+    layout: Layout = "contiguous"
+    backend: Backend = "auto"
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What the compressor reads beside q, k and v."""
+        return self.compressor.needs
+
+    def plan(self, *, tokens: int, hosts: int, query: int = 0, query_offset: int = 0) -> ContextPlan:
+        """Split `tokens` document tokens over `hosts` hosts; arguments and errors as `plan_context`.
+
+        Raises:
+            ValueError: also when the compressor reads the question and `query` is 0.
+        """
+        reads_query = "query" in self.needs
+        if reads_query and not query and hosts > 1 and self.passing:
+            raise ValueError(
+                f"query: {type(self.compressor).__name__} reads the question, got 0 query tokens; give the question's "
+                f"length, or use a compressor that does without (SnapKV(), KeyNorm(), a retaining head)"
+            )
+        return plan_context(
+            tokens=tokens,
+            hosts=hosts,
+            anchor=self.anchor,
+            passing=self.passing,
+            query=query,
+            query_offset=query_offset,
+            query_in=self.query_in,
+            anchor_on_first=reads_query and self.query_in == "anchor" and hosts > 1,
+            layout=self.layout,
+        )
+
+    def attend(
+        self,
+        q: Float[Tensor, "batch q_heads rows dim"],
+        k: Float[Tensor, "batch kv_heads rows dim"],
+        v: Float[Tensor, "batch kv_heads rows dim"],
+        context: Context,
+    ) -> Float[Tensor, "batch q_heads rows dim"]:
+        """Run one layer's attention on this host's rows [anchor, blocks …, running query].
+
+        Args:
+            q, k, v: after RoPE at the plan's positions; as many rows as the plan gives this host.
+            context: the plan, the host and the layer.
+
+        Raises:
+            ValueError: the rows are not the plan's, or what the compressor reads is missing.
+            HostFailed: another host failed.
+        """
+        plan, host, trace = context.plan, context.host, context.trace
+        share = plan.host(host.rank)
+        if (q.shape[2], k.shape[2], v.shape[2]) != (share.rows,) * 3:
+            raise ValueError(
+                f"q, k, v: {q.shape[2]}, {k.shape[2]} and {v.shape[2]} rows, expected {share.rows}, the plan's rows of "
+                f"rank {host.rank}"
+            )
+        passing = PassingBlocks(plan, host)
+        with trace.phase("compress"):
+            candidates = self._candidates(q, k, v, context)
+            for slot, block in enumerate(share.blocks):
+                kept = self.compressor.compress(candidates[slot], block.kept_tokens)
+                passing.start(slot, kept.k, kept.v)
+                if trace.keep_indices:
+                    trace.kept[context.layer, block.index] = kept.indices + block.start + block.skipped
+        running = self._start_query(q, k, v, context) if share.query_rows else None
+
+        outs = []
+        if share.anchor_rows and not share.blocks[0].sees_anchor:  # it runs for the sake of its query's vectors
+            anchor = slice(0, share.anchor_rows)
+            outs.append(self._masked(q[:, :, anchor], k[:, :, anchor], v[:, :, anchor], 0, 0, context))
+        for slot, (block, span) in enumerate(zip(share.blocks, share.block_spans, strict=True)):
+            with trace.phase("pass"):
+                kp, vp = passing.wait(block)
+            seen = share.anchor_rows if block.sees_anchor else 0
+            first = 0 if seen and slot == 0 else span.start  # the anchor's rows ride with the first block that sees them
+            keys = torch.cat((k[:, :, :seen], kp, k[:, :, span]), dim=2)
+            values = torch.cat((v[:, :, :seen], vp, v[:, :, span]), dim=2)
+            outs.append(self._masked(q[:, :, first : span.stop], keys, values, seen, kp.shape[2], context))
+        if running is not None:
+            with trace.phase("pass"):
+                outs.append(running.wait())
+        return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
+
+    def _masked(self, q: Tensor, k: Tensor, v: Tensor, anchor: int, passing: int, context: Context) -> Tensor:
+        with context.trace.phase("attend"):
+            out, _ = masked_attention(
+                q, k, v, anchor_tokens=anchor, passing_tokens=passing, scale=context.scale, backend=self.backend
+            )
+        return out
+
+    def _candidates(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> list[Candidates]:
+        """Say what each of this host's blocks offers to the compressor."""
+        plan, host, share = context.plan, context.host, context.plan.host(context.host.rank)
+        query = None
+        if "query" in self.needs and share.query_rows:
+            query = q[:, :, -share.query_rows :]
+        elif "query" in self.needs and plan.query and share.anchor_rows:
+            query = q[:, :, plan.query_offset : plan.query_offset + plan.query]
+        everything = [gather_document(x, plan, host) for x in (q, k)] if "document" in self.needs else []
+        found = []
+        for block, span in zip(share.blocks, share.block_spans, strict=True):
+            # The last block passes nothing on; the first leaves out what later blocks see as anchor.
+            rows = slice(span.start + block.skipped, span.stop) if block.kept_tokens else slice(0, 0)
+            p = context.projections
+            found.append(
+                Candidates(
+                    q=q[:, :, rows],
+                    k=k[:, :, rows],
+                    v=v[:, :, rows],
+                    layer=context.layer,
+                    block=block.index,
+                    query=query,
+                    projections=p and Projections(q=p.q[:, :, rows], k=p.k[:, :, rows], v=p.v[:, :, rows]),
+                    document=Document(*everything, start=block.start + block.skipped, later=block.stop)
+                    if everything
+                    else None,
+                )
+            )
+        return found
+
+    def _start_query(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Handle[Tensor]:
+        """Let the running query attend to all hosts' blocks; its own keys belong to the document's last host."""
+        plan, rank = context.plan, context.host.rank
+        share = plan.host(rank)
+        cached = slice(share.anchor_rows, share.rows if rank == plan.owner else share.rows - share.query_rows)
+        return start_attend_over_hosts(
+            q[:, :, -share.query_rows :],
+            k[:, :, cached],
+            v[:, :, cached],
+            context.host,
+            owner=plan.owner,
+            scale=context.scale,
+        )

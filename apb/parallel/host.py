@@ -1,0 +1,135 @@
+"""What every method sees of the group: a `Host`, its rank, and collectives that start now and finish on `wait`.
+
+"Host" is the paper's word for one member of the sequence-parallel group. Three implementations stand behind this
+interface — `ProcessGroupHost` (torch.distributed), `ThreadHost` (threads in one process) and `SimulatedHost`
+(threads that take turns on one device) — and no code above this package knows which one it holds.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+__all__ = ["Counters", "Handle", "Host", "HostError", "HostFailed", "PlanMismatch"]
+
+T = TypeVar("T")
+
+
+class HostError(RuntimeError):
+    """A collective could not be completed, or the hosts do not agree."""
+
+
+class HostFailed(HostError):
+    """Another host raised or died; the message names its rank and the collective that was under way."""
+
+
+class PlanMismatch(HostError):
+    """The hosts came with different values for something they must share; raised on every host."""
+
+
+@dataclass
+class Counters:
+    """Bytes this host sent to the others and messages it took part in, by the name of the collective's purpose."""
+
+    sent_bytes: dict[str, int] = field(default_factory=dict)
+    messages: dict[str, int] = field(default_factory=dict)
+
+    def add(self, what: str, sent_bytes: int) -> None:
+        """Count one message of `sent_bytes` bytes."""
+        self.sent_bytes[what] = self.sent_bytes.get(what, 0) + sent_bytes
+        self.messages[what] = self.messages.get(what, 0) + 1
+
+
+class Handle(Generic[T]):
+    """A collective under way. `wait()` returns its result, and may be called again."""
+
+    def __init__(self, finish: Callable[[], T]) -> None:
+        self._finish: Callable[[], T] | None = finish
+        self._result: T
+
+    def wait(self) -> T:
+        """Block until the result is there (on CUDA: until the current stream may use it) and return it."""
+        if self._finish is not None:
+            self._result = self._finish()
+            self._finish = None
+        return self._result
+
+
+class Host(ABC):
+    """One member of the sequence-parallel group.
+
+    Attributes:
+        rank: number of this host, 0 ≤ rank < world_size.
+        world_size: number of hosts in the group.
+        device: where this host's tensors live.
+        counters: what this host has sent.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    counters: Counters
+
+    @abstractmethod
+    def _start_all_gather(self, x: Tensor, what: str) -> Callable[[], list[Tensor]]:
+        """Start the gather of contiguous `x` and return what finishes it. Called with world_size > 1 only."""
+
+    def all_gather(self, x: Tensor, *, what: str) -> Handle[list[Tensor]]:
+        """Start sending `x` to every host; the handle yields the hosts' tensors in rank order.
+
+        Args:
+            x: this host's tensor; the same shape and dtype on every host. Do not write to it until `wait` returned.
+            what: name of the purpose, for the counters and for error messages.
+
+        Raises:
+            HostFailed: (from `wait`) another host raised, died, or did not arrive within the group's timeout.
+        """
+        self.counters.add(what, (self.world_size - 1) * x.numel() * x.element_size())
+        if self.world_size == 1:
+            return Handle(lambda: [x])
+        return Handle(self._start_all_gather(x.contiguous(), what))
+
+    @abstractmethod
+    def all_gather_object(self, value: Any, *, what: str) -> list[Any]:
+        """Return every host's `value` (plain data: str, int, dict, list …) in rank order. Not counted."""
+
+    @abstractmethod
+    def announce(self, error: BaseException) -> None:
+        """Tell the other hosts that this one is about to fail, so that they raise instead of waiting."""
+
+    def agree(self, value: Any, *, what: str) -> None:
+        """Check that every host holds the same `value` (compared by `repr`).
+
+        Raises:
+            PlanMismatch: on every host, with each distinct value and the ranks that hold it.
+        """
+        held: dict[str, list[int]] = {}
+        for rank, text in enumerate(self.all_gather_object(repr(value), what=what)):
+            held.setdefault(text, []).append(rank)
+        if len(held) > 1:
+            parts = "; ".join(f"ranks {ranks} hold {text}" for text, ranks in held.items())
+            raise PlanMismatch(f"{what}: the {self.world_size} hosts must hold the same value, but {parts}")
+
+    @contextmanager
+    def together(self, what: str) -> Iterator[None]:
+        """Run a step that may fail on one host only, such that all hosts fail alike or none does.
+
+        The body must use no collective. If it raises anywhere, the host that raised re-raises its own error and
+        every other host raises `HostFailed` with the rank and the text of the first one.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        told = None if error is None else f"{type(error).__name__}: {error}"
+        texts = self.all_gather_object(told, what=what)
+        if error is not None:
+            raise error
+        for rank, text in enumerate(texts):
+            if text is not None:
+                raise HostFailed(f"{what}: rank {rank} of {self.world_size} failed: {text}")

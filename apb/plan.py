@@ -1,0 +1,313 @@
+"""The context splitter: who holds which tokens, at which positions, and what travels.
+
+A `ContextPlan` is frozen data made of integers. It knows the document's length, not its tokens, and everything else
+in this package follows from it: the rows each host runs, their RoPE positions, how many tokens each block passes,
+how many query–key pairs it scores. Its only verbs on tensors are `split`, `join` and `host_rows`.
+
+| here | in the paper |
+| --- | --- |
+| `tokens`, `hosts` | n, H |
+| `block_tokens` | l_b |
+| `anchor`, `passing`, `query` | l_a, l_p, l_q |
+| `query_offset` | s, the prefix (BOS, system prompt) that stays before the query in the anchor |
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, pairwise
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+__all__ = ["Block", "ContextPlan", "HostPlan", "Layout", "QueryIn", "plan_context"]
+
+Layout = Literal["contiguous", "zigzag"]
+QueryIn = Literal["anchor", "prefill"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """A run of document tokens `[start, stop)` that one host holds, and what it passes and receives."""
+
+    index: int
+    """Place in the document's order of blocks."""
+    rank: int
+    """Host that holds it."""
+    start: int
+    stop: int
+    skipped: int
+    """First tokens of the block that are never passed: every later block sees them as anchor."""
+    kept_tokens: int
+    """Tokens it passes on: min(l_p, tokens − skipped); 0 for the last block, which nobody reads."""
+    passing_tokens: int
+    """Tokens it receives: what all earlier blocks kept."""
+
+    @property
+    def tokens(self) -> int:
+        """Length of the block."""
+        return self.stop - self.start
+
+    @property
+    def sees_anchor(self) -> bool:
+        """Whether its rows attend to the anchor: all but the first block, which holds those tokens itself."""
+        return self.index > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostPlan:
+    """One host's share. Its rows are, in this order, [anchor, blocks …, query that runs along]."""
+
+    rank: int
+    anchor_rows: int
+    blocks: tuple[Block, ...]
+    query_rows: int
+
+    @property
+    def block_rows(self) -> int:
+        """Document tokens that this host holds."""
+        return sum(block.tokens for block in self.blocks)
+
+    @cached_property
+    def block_spans(self) -> tuple[slice, ...]:
+        """Where each block's rows stand among this host's rows."""
+        edges = accumulate((block.tokens for block in self.blocks), initial=self.anchor_rows)
+        return tuple(slice(start, stop) for start, stop in pairwise(edges))
+
+    @property
+    def rows(self) -> int:
+        """Rows that run through the model on this host."""
+        return self.anchor_rows + self.block_rows + self.query_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextPlan:
+    """How `tokens` document tokens are split over `hosts` hosts. Make one with `plan_context`."""
+
+    tokens: int
+    hosts: int
+    anchor: int
+    passing: int
+    query: int
+    query_offset: int
+    query_in: QueryIn
+    anchor_on_first: bool
+    layout: Layout
+
+    @property
+    def blocks_per_host(self) -> int:
+        """How many blocks each host holds: 1, or 2 in zigzag."""
+        return 2 if self.layout == "zigzag" else 1
+
+    @property
+    def block_tokens(self) -> int:
+        """l_b = ceil(n / number of blocks); the last blocks may be shorter, or empty."""
+        return -(-self.tokens // (self.hosts * self.blocks_per_host))
+
+    @property
+    def anchor_rows(self) -> int:
+        """Rows of the anchor: l_a document tokens, and the query when it is embedded there."""
+        return self.anchor + (self.query if self.query_in == "anchor" else 0)
+
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """All blocks in the document's order."""
+        count = self.hosts * self.blocks_per_host
+        blocks, passed = [], 0
+        for index in range(count):
+            start, stop = (min(i * self.block_tokens, self.tokens) for i in (index, index + 1))
+            skipped = min(self.anchor, stop - start) if index == 0 else 0
+            kept = 0 if index == count - 1 else min(self.passing, stop - start - skipped)
+            rank = index if index < self.hosts else 2 * self.hosts - 1 - index
+            blocks.append(
+                Block(
+                    index=index,
+                    rank=rank,
+                    start=start,
+                    stop=stop,
+                    skipped=skipped,
+                    kept_tokens=kept,
+                    passing_tokens=passed,
+                )
+            )
+            passed += kept
+        return tuple(blocks)
+
+    @cached_property
+    def host_plans(self) -> tuple[HostPlan, ...]:
+        """Every host's share, in rank order."""
+        plans = []
+        for rank in range(self.hosts):
+            blocks = tuple(block for block in self.blocks if block.rank == rank)
+            needs_anchor = self.anchor_on_first or any(block.sees_anchor for block in blocks)
+            plans.append(
+                HostPlan(
+                    rank=rank,
+                    anchor_rows=self.anchor_rows if needs_anchor else 0,
+                    blocks=blocks,
+                    query_rows=self.query if self.query_in == "prefill" else 0,
+                )
+            )
+        return tuple(plans)
+
+    @property
+    def owner(self) -> int:
+        """Rank that holds the end of the document, and so owns the query's and the new tokens' keys and values."""
+        return self.blocks[-1].rank
+
+    def host(self, rank: int) -> HostPlan:
+        """Return the share of host `rank`."""
+        return self.host_plans[rank]
+
+    def split(self, x: Tensor, *, dim: int = -1) -> list[Tensor]:
+        """Cut the document's tokens (along `dim`) into what each host holds, in rank order.
+
+        Raises:
+            ValueError: `x` does not have `tokens` entries along `dim`.
+        """
+        if x.shape[dim] != self.tokens:
+            raise ValueError(f"x: {x.shape[dim]} tokens along dim {dim}, the plan is for {self.tokens}")
+        return [
+            torch.cat([x.narrow(dim, block.start, block.tokens) for block in host.blocks], dim=dim)
+            for host in self.host_plans
+        ]
+
+    def join(self, parts: Sequence[Tensor], *, dim: int = -1) -> Tensor:
+        """Put the hosts' parts (in rank order) back into the document's order; the inverse of `split`.
+
+        Raises:
+            ValueError: not one part a host, or a part of another length than the plan gives that host.
+        """
+        expected = [host.block_rows for host in self.host_plans]
+        lengths = [part.shape[dim] for part in parts]
+        if lengths != expected:
+            raise ValueError(f"parts: lengths {lengths} along dim {dim}, the plan's hosts hold {expected}")
+        pieces: dict[int, Tensor] = {}
+        for host, part in zip(self.host_plans, parts, strict=True):
+            cut = torch.split(part, [block.tokens for block in host.blocks], dim=dim)
+            pieces.update({block.index: piece for block, piece in zip(host.blocks, cut, strict=True)})
+        return torch.cat([pieces[block.index] for block in self.blocks], dim=dim)
+
+    def host_rows(
+        self, rank: int, document: Int[Tensor, "*batch tokens"], query: Int[Tensor, "*batch query"]
+    ) -> Int[Tensor, "*batch rows"]:
+        """Return the token ids of host `rank`'s rows: [doc[:s], query, doc[s:l_a]], its blocks, the running query.
+
+        Raises:
+            ValueError: `document` or `query` does not have the planned length.
+        """
+        for name, ids, planned in (("document", document, self.tokens), ("query", query, self.query)):
+            if ids.shape[-1] != planned:
+                raise ValueError(f"{name}: {ids.shape[-1]} tokens, the plan is for {planned}")
+        host, parts = self.host(rank), []
+        if host.anchor_rows:
+            embedded = query if self.query_in == "anchor" else query[..., :0]
+            s = self.query_offset
+            parts += [document[..., :s], embedded, document[..., s : self.anchor]]
+        parts += [document[..., block.start : block.stop] for block in host.blocks]
+        if host.query_rows:
+            parts.append(query)
+        return torch.cat(parts, dim=-1)
+
+    def positions(self, rank: int) -> Int[Tensor, " rows"]:
+        """Return the RoPE position of each of host `rank`'s rows.
+
+        The anchor counts 0 … l_a + l_q − 1, blocks have their true positions, a running query follows the document.
+        """
+        host = self.host(rank)
+        parts = [torch.arange(host.anchor_rows)]
+        parts += [torch.arange(block.start, block.stop) for block in host.blocks]
+        parts.append(torch.arange(self.tokens, self.tokens + host.query_rows))
+        return torch.cat(parts)
+
+    def __str__(self) -> str:
+        """Describe the plan, a line a block."""
+        query = f"query {self.query} in the {self.query_in}" if self.query else "no query"
+        lines = [
+            f"{self.tokens} tokens over {self.hosts} host{'s' * (self.hosts > 1)}, {self.layout}: "
+            f"block {self.block_tokens}, anchor {self.anchor}, passing {self.passing}, {query}",
+            "rank  block  tokens               anchor rows  receives  passes on",
+        ]
+        for host in self.host_plans:
+            for block in host.blocks:
+                span = f"[{block.start}, {block.stop})"
+                lines.append(
+                    f"{host.rank:>4}  {block.index:>5}  {span:<19}  {host.anchor_rows:>11}  "
+                    f"{block.passing_tokens:>8}  {block.kept_tokens:>9}"
+                )
+        return "\n".join(lines)
+
+
+def plan_context(
+    *,
+    tokens: int,
+    hosts: int,
+    anchor: int = 0,
+    passing: int = 0,
+    query: int = 0,
+    query_offset: int = 0,
+    query_in: QueryIn = "anchor",
+    anchor_on_first: bool = False,
+    layout: Layout = "contiguous",
+) -> ContextPlan:
+    """Split a document of `tokens` tokens over `hosts` hosts (APB section 3.2).
+
+    Args:
+        tokens: n, document tokens, ≥ 1. The query is not among them.
+        hosts: H ≥ 1. With more hosts than tokens the last ones hold nothing.
+        anchor: l_a, document tokens in the anchor, 0 ≤ l_a ≤ block_tokens.
+        passing: l_p ≥ 0, the most tokens each block passes on.
+        query: l_q ≥ 0, query tokens. 0 gives a query-free plan, whose caches serve any question.
+        query_offset: s, document tokens before the query in the anchor, 0 ≤ s ≤ l_a.
+        query_in: "anchor" embeds the query in the anchor (APB); "prefill" lets it run along behind every host's
+            block (Spava), so that compressors can read its vectors while the prefill is under way.
+        anchor_on_first: let the host of the first block run the anchor's rows too, without attending to them; for
+            compressors that read the vectors of the query inside the anchor.
+        layout: "contiguous" gives host r block r; "zigzag" cuts 2H blocks and gives it blocks r and 2H − 1 − r.
+
+    Raises:
+        ValueError: naming the argument, what came, what was expected and the way out.
+    """
+    for name, value, least in (
+        ("tokens", tokens, 1),
+        ("hosts", hosts, 1),
+        ("anchor", anchor, 0),
+        ("passing", passing, 0),
+        ("query", query, 0),
+        ("query_offset", query_offset, 0),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name}: expected an integer ≥ {least}, got {value!r}")
+    for name, value, choices in (
+        ("layout", layout, get_args(Layout)),
+        ("query_in", query_in, get_args(QueryIn)),
+    ):
+        if value not in choices:
+            raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
+    plan = ContextPlan(
+        tokens=tokens,
+        hosts=hosts,
+        anchor=anchor,
+        passing=passing,
+        query=query,
+        query_offset=query_offset,
+        query_in=query_in,
+        anchor_on_first=anchor_on_first,
+        layout=layout,
+    )
+    if anchor > plan.block_tokens:
+        raise ValueError(
+            f"anchor: {anchor} tokens reach into the second block, whose tokens would be seen twice; expected at "
+            f"most block_tokens = {plan.block_tokens}. Use a shorter anchor or fewer hosts"
+        )
+    if query_offset > anchor:
+        raise ValueError(f"query_offset: expected at most anchor = {anchor}, got {query_offset}")
+    if hosts > 1 and query and query_in == "anchor" and plan.anchor_rows > plan.block_tokens:
+        raise ValueError(
+            f"query: {query} tokens beside an anchor of {anchor} take positions 0 … {plan.anchor_rows - 1}, past the "
+            f"start of the second block at {plan.block_tokens}; expected at most {plan.block_tokens - anchor} query "
+            f"tokens. Use a shorter anchor, fewer hosts, or query_in='prefill'"
+        )
+    return plan

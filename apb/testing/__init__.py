@@ -1,0 +1,1 @@
+"""Tools for testing apb and code built on it."""

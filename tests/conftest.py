@@ -1,0 +1,26 @@
+import os
+
+import torch
+
+# Without a GPU the Triton kernels run under the interpreter, which must be chosen before triton is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+SLOW_OK = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
+settings.register_profile("ci", derandomize=True, max_examples=25, deadline=None, suppress_health_check=SLOW_OK)
+settings.register_profile("fuzz", max_examples=400, deadline=None, suppress_health_check=SLOW_OK, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+
+def pytest_collection_modifyitems(items):
+    devices = torch.cuda.device_count()
+    for item in items:
+        if "gpu" in item.keywords and devices == 0:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if "multigpu" in item.keywords and devices < 2:
+            item.add_marker(pytest.mark.skip(reason="needs two CUDA devices"))
