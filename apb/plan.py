@@ -108,8 +108,8 @@ class ContextPlan:
 
     @property
     def anchor_rows(self) -> int:
-        """Rows of the anchor: l_a document tokens, and the query when it is embedded there."""
-        return self.anchor + (self.query if self.query_in == "anchor" else 0)
+        """Rows of the anchor: l_a document tokens and the query embedded among them; without an anchor, none."""
+        return self.anchor + (self.query if self.anchor and self.query_in == "anchor" else 0)
 
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
@@ -257,7 +257,7 @@ def plan_context(
     Args:
         tokens: n, document tokens, ≥ 1. The query is not among them.
         hosts: H ≥ 1. With more hosts than tokens the last ones hold nothing.
-        anchor: l_a, document tokens in the anchor, 0 ≤ l_a ≤ block_tokens.
+        anchor: l_a, document tokens in the anchor, 0 ≤ l_a ≤ block_tokens; 0 is no anchor, so no query in it either.
         passing: l_p ≥ 0, the most tokens each block passes on.
         query: l_q ≥ 0, query tokens. 0 gives a query-free plan, whose caches serve any question.
         query_offset: s, document tokens before the query in the anchor, 0 ≤ s ≤ l_a.
@@ -304,7 +304,7 @@ def plan_context(
         )
     if query_offset > anchor:
         raise ValueError(f"query_offset: expected at most anchor = {anchor}, got {query_offset}")
-    if hosts > 1 and query and query_in == "anchor" and plan.anchor_rows > plan.block_tokens:
+    if hosts > 1 and plan.anchor_rows > plan.block_tokens:
         raise ValueError(
             f"query: {query} tokens beside an anchor of {anchor} take positions 0 … {plan.anchor_rows - 1}, past the "
             f"start of the second block at {plan.block_tokens}; expected at most {plan.block_tokens - anchor} query "

@@ -1,7 +1,7 @@
 """Locret's retaining heads: a small trained network per layer scores each token (arXiv 2410.01805; APB's choice)."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -26,8 +26,8 @@ class RetainingHead(Compressor):
         fc2: per layer, `[kv_heads, width]`.
     """
 
-    fc1: tuple[Tensor, ...]
-    fc2: tuple[Tensor, ...]
+    fc1: tuple[Tensor, ...] = field(repr=False)
+    fc2: tuple[Tensor, ...] = field(repr=False)
 
     @property
     def needs(self) -> frozenset[Need]:

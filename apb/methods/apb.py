@@ -47,13 +47,14 @@ class APB:
         """Split `tokens` document tokens over `hosts` hosts; arguments and errors as `plan_context`.
 
         Raises:
-            ValueError: also when the compressor reads the question and `query` is 0.
+            ValueError: also when the compressor reads the question and the plan would hold it nowhere.
         """
-        reads_query = "query" in self.needs
-        if reads_query and not query and hosts > 1 and self.passing:
+        reads_query = "query" in self.needs and hosts > 1 and self.passing > 0
+        if reads_query and not (query and (self.anchor or self.query_in == "prefill")):
             raise ValueError(
-                f"query: {type(self.compressor).__name__} reads the question, got 0 query tokens; give the question's "
-                f"length, or use a compressor that does without (SnapKV(), KeyNorm(), a retaining head)"
+                f"query: {type(self.compressor).__name__} reads the question, but there are {query} query tokens and "
+                f"an anchor of {self.anchor}; give both, or let the question run along (query_in='prefill'), or use "
+                f"a compressor that does without it (SnapKV(), KeyNorm(), a retaining head)"
             )
         return plan_context(
             tokens=tokens,
@@ -63,7 +64,7 @@ class APB:
             query=query,
             query_offset=query_offset,
             query_in=self.query_in,
-            anchor_on_first=reads_query and self.query_in == "anchor" and hosts > 1,
+            anchor_on_first=reads_query and self.query_in == "anchor",
             layout=self.layout,
         )
 

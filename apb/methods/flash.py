@@ -36,7 +36,7 @@ class Flash:
         """
         if hosts != 1:
             raise ValueError(f"hosts: flash attention runs on one host, got {hosts}; use APB to split the document")
-        return plan_context(tokens=tokens, hosts=1)
+        return plan_context(tokens=tokens, hosts=1, query=query)
 
     def attend(
         self,

@@ -1,0 +1,165 @@
+"""The walk of one question: agree on a plan, prefill, ask, decode greedily. The same code on every host."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from apb.context import Trace
+from apb.costs import HostCost, host_cost
+from apb.hf import Session, model_shape
+from apb.methods import Method
+from apb.parallel.host import Counters, Host
+from apb.plan import ContextPlan
+
+__all__ = ["Generation", "Prompt", "generate"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """A question about a document, in tokens.
+
+    Attributes:
+        document: `[batch, tokens]`, beginning with `prefix_tokens` of BOS, system prompt and user header.
+        query: `[batch, query]`, the question; it is what an anchor embeds.
+        suffix: `[batch, suffix]`, what follows the question before the answer (assistant header, answer prefix).
+        prefix_tokens: how many tokens of the document the query must not precede.
+    """
+
+    document: Int[Tensor, "batch tokens"]
+    query: Int[Tensor, "batch query"]
+    suffix: Int[Tensor, "batch suffix"]
+    prefix_tokens: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """What one host saw of a generation; `tokens` are the same on every host.
+
+    Attributes:
+        tokens: `[batch, new]`, chosen greedily; after a stop token a row repeats it.
+        plan: how the document was split.
+        cost: what the plan says one layer costs this host.
+        counters: what this host sent.
+        phase_ms: time by phase; "prefill" contains "compress", "pass" and "attend".
+        peak_bytes: most memory in use on this host's GPU; 0 on a CPU.
+        kept: per (layer, block) of this host, the kept document positions.
+    """
+
+    tokens: Int[Tensor, "batch new"]
+    plan: ContextPlan
+    cost: HostCost
+    counters: Counters
+    phase_ms: dict[str, float]
+    peak_bytes: int
+    kept: dict[tuple[int, int], Tensor] = field(repr=False)
+
+
+def generate(
+    model: Any,
+    method: Method,
+    host: Host,
+    prompt: Prompt,
+    *,
+    max_new_tokens: int = 32,
+    stop_tokens: Sequence[int] = (),
+    on_token: Callable[[int, Tensor], None] | None = None,
+    on_phase: Callable[[str], None] | None = None,
+    keep_indices: bool = False,
+) -> Generation:
+    """Answer greedily: prefill the document over all hosts, then the question and each new token against all caches.
+
+    Args:
+        model: a transformers causal language model, on this host's device.
+        method: how to attend to the document.
+        host: this member of the group; every host calls with the same arguments.
+        prompt: the same on every host.
+        max_new_tokens: most tokens to generate, ≥ 1.
+        stop_tokens: a row ends at the first of these.
+        on_token: called with (number, `[batch]` ids) of each new token.
+        on_phase: called with the name of each phase as it starts.
+        keep_indices: note in `kept` which positions each layer passed on.
+
+    Raises:
+        ValueError: an argument out of range, or a plan that is not possible.
+        PlanMismatch: the hosts came with different prompts, methods or models.
+        HostFailed: another host failed.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
+    for name in ("document", "query"):
+        if getattr(prompt, name).shape[-1] == 0:
+            raise ValueError(f"{name}: it is empty; expected at least 1 token")
+    trace, started = Trace(keep_indices=keep_indices), on_phase or (lambda name: None)
+    device = host.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+    started("plan")
+    with trace.phase("plan"), host.together("plan"):
+        shape = model_shape(model.config)
+        plan = method.plan(
+            tokens=prompt.document.shape[-1],
+            hosts=host.world_size,
+            query=prompt.query.shape[-1],
+            query_offset=prompt.prefix_tokens,
+        )
+    host.agree((plan, repr(method), shape, _digest(prompt), max_new_tokens), what="plan")
+
+    session = Session(model, method, plan, host, trace=trace)
+    started("prefill")
+    with trace.phase("prefill"):
+        hidden = session.prefill(prompt.document, prompt.query)
+    started("query")
+    with trace.phase("query"):
+        if plan.host(host.rank).query_rows:  # it has run along with the prefill
+            logits = session.extend(prompt.suffix) if prompt.suffix.shape[-1] else session.logits(hidden[:, -1])
+        else:
+            logits = session.extend(torch.cat((prompt.query, prompt.suffix), dim=-1))
+    started("decode")
+    with trace.phase("decode"):
+        tokens = _decode(session, logits, max_new_tokens, stop_tokens, on_token)
+    return Generation(
+        tokens=tokens,
+        plan=plan,
+        cost=host_cost(plan, host.rank, shape),
+        counters=host.counters,
+        phase_ms=trace.phase_ms,
+        peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
+        kept=trace.kept,
+    )
+
+
+def _decode(
+    session: Session,
+    logits: Tensor,
+    max_new_tokens: int,
+    stop_tokens: Sequence[int],
+    on_token: Callable[[int, Tensor], None] | None,
+) -> Tensor:
+    host, plan = session.host, session.plan
+    stops = torch.tensor(list(stop_tokens), dtype=torch.int64, device=logits.device)
+    chosen: list[Tensor] = []
+    stopped = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+    while True:
+        token = logits.argmax(dim=-1)
+        if chosen:
+            token = torch.where(stopped, chosen[-1], token)
+        # Unlike machines may round a tie apart, so the owner's choice holds for all.
+        token = host.all_gather(token, what="token").wait()[plan.owner]
+        chosen.append(token)
+        stopped = stopped | torch.isin(token, stops)
+        if on_token:
+            on_token(len(chosen) - 1, token)
+        if len(chosen) == max_new_tokens or bool(stopped.all()):
+            return torch.stack(chosen, dim=-1)
+        logits = session.extend(token[:, None])
+
+
+def _digest(prompt: Prompt) -> str:
+    text = repr([ids.tolist() for ids in (prompt.document, prompt.query, prompt.suffix)])
+    return sha256(text.encode()).hexdigest()[:16]

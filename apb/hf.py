@@ -1,0 +1,265 @@
+"""Plug a method into a Hugging Face model through its attention interface; nobody's modelling file is copied.
+
+`Session` is one host's share of a question about a document: it runs the model over this host's rows, keeps this
+host's keys and values, and answers from all hosts' caches. The model itself stays as it is: with the "apb" attention
+implementation and no session, it attends exactly as with "sdpa".
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from apb.compress.compressor import Projections
+from apb.context import Context, Trace
+from apb.costs import ModelShape
+from apb.methods import Method
+from apb.parallel.decode import start_attend_over_hosts
+from apb.parallel.host import Host
+from apb.plan import ContextPlan
+
+__all__ = ["Session", "model_shape", "register", "share_weights"]
+
+IMPLEMENTATION = "apb"
+_SPARE_TOKENS = 256
+
+
+def register() -> None:
+    """Make "apb" known as an attention implementation of transformers, with the mask that "sdpa" has."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(IMPLEMENTATION, _attention)
+    AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+
+
+def _attention(
+    module: nn.Module,
+    q: Float[Tensor, "batch q_heads rows dim"],
+    k: Float[Tensor, "batch kv_heads rows dim"],
+    v: Float[Tensor, "batch kv_heads rows dim"],
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    apb: "Session | None" = None,
+    **kwargs: Any,
+) -> tuple[Float[Tensor, "batch rows q_heads dim"], None]:
+    """Attend as transformers' interface asks: q, k and v after RoPE, one call a layer."""
+    if apb is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(module, q, k, v, attention_mask, scaling=scaling, **kwargs)
+    for name in ("sliding_window", "softcap", "s_aux"):
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"model: layer {module.layer_idx} attends with {name}={kwargs[name]!r}, which apb does not compute; "
+                f"use a model with plain causal attention (Llama, Qwen2, Qwen3, Yi, …)"
+            )
+    out = apb._attend(int(module.layer_idx), q, k, v, scaling)
+    return rearrange(out, "b h n d -> b n h d"), None
+
+
+class Session:
+    """One host's share of one document: prefill it once, then ask and decode.
+
+    Every host makes its own session with the same arguments and calls the same methods in the same order.
+
+        session = Session(model, method, plan, host)
+        session.prefill(document, query)        # [batch, tokens], [batch, query]
+        logits = session.extend(query)          # [batch, vocab], the same on every host
+        logits = session.extend(next_token)     # and so on, a token at a time
+
+    Args:
+        model: a causal language model with plain causal attention; put into the "apb" implementation.
+        method: how to attend to the document.
+        plan: how the document is split; the same on every host.
+        host: this member of the group.
+        trace: where to note times and kept indices.
+    """
+
+    def __init__(
+        self, model: Any, method: Method, plan: ContextPlan, host: Host, *, trace: Trace | None = None
+    ) -> None:
+        register()
+        model.set_attn_implementation(IMPLEMENTATION)
+        self.model, self.method, self.plan, self.host = model, method, plan, host
+        self.trace = trace or Trace()
+        self.tokens = 0
+        """Positions used so far, on all hosts together."""
+        self.keys: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
+        """This host's cache by layer, `[batch, kv_heads, tokens, dim]`: its blocks, and on the owner what follows."""
+        self._prefilling = False
+        self._projections: dict[tuple[int, str], Tensor] = {}
+        self._spare: dict[tuple[int, str], Tensor] = {}
+
+    @torch.inference_mode()
+    def prefill(
+        self, document: Int[Tensor, "batch tokens"], query: Int[Tensor, "batch query"]
+    ) -> Float[Tensor, "batch rows hidden"]:
+        """Run this host's rows through the model's layers and keep its blocks' keys and values.
+
+        Args:
+            document: the whole document's token ids; every host takes its own rows.
+            query: the question's token ids, as many as the plan has; `[batch, 0]` with a query-free plan.
+
+        Returns:
+            The last hidden states of this host's rows (never logits).
+
+        Raises:
+            ValueError: lengths that are not the plan's.
+            HostFailed: another host failed.
+        """
+        if self.tokens:
+            raise ValueError("prefill: this session holds a document already; make a new Session for another one")
+        share = self.plan.host(self.host.rank)
+        ids = self.plan.host_rows(self.host.rank, document, query).to(self.host.device)
+        self._prefilling = True
+        with self._capture_projections():
+            if share.rows:
+                hidden = self._run(ids, self.plan.positions(self.host.rank))
+            else:
+                hidden = self._keep_up(len(ids))
+        self._prefilling = False
+        self.tokens = self.plan.tokens + share.query_rows
+        return hidden
+
+    @torch.inference_mode()
+    def extend(self, ids: Int[Tensor, "batch rows"]) -> Float[Tensor, "batch vocab"]:
+        """Run new tokens, the same on every host, against all hosts' caches; return the logits after the last one.
+
+        Args:
+            ids: the question, or the token chosen last; they take the next positions after what has been run.
+
+        Raises:
+            ValueError: no tokens, or nothing prefilled yet.
+            HostFailed: another host failed.
+        """
+        if not self.tokens:
+            raise ValueError("extend: nothing has been prefilled; call prefill(document, query) first")
+        if ids.shape[-1] == 0:
+            raise ValueError("ids: expected at least 1 token, got 0")
+        positions = torch.arange(self.tokens, self.tokens + ids.shape[-1])
+        hidden = self._run(ids.to(self.host.device), positions)
+        self.tokens += ids.shape[-1]
+        return self.logits(hidden[:, -1])
+
+    @torch.inference_mode()
+    def logits(self, hidden: Float[Tensor, "batch hidden"]) -> Float[Tensor, "batch vocab"]:
+        """Apply the model's output embedding to last hidden states."""
+        return self.model.get_output_embeddings()(hidden)
+
+    def _run(self, ids: Tensor, positions: Tensor) -> Tensor:
+        # A mask of four dimensions is final, so that transformers builds none: the plan is the mask.
+        final_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device)
+        return self.model.base_model(
+            input_ids=ids,
+            position_ids=positions.to(ids.device).expand(len(ids), -1),
+            attention_mask=final_mask,
+            use_cache=False,
+            apb=self,
+        ).last_hidden_state
+
+    def _keep_up(self, batch: int) -> Tensor:
+        """Take part in every layer's messages without a row: there are more hosts than tokens."""
+        config, dtype = self.model.config, self.model.dtype
+        shape = model_shape(config)
+        q, k = (torch.empty(batch, h, 0, shape.head_dim, dtype=dtype, device=self.host.device)
+                for h in (shape.heads, shape.kv_heads))  # fmt: skip
+        for layer in range(shape.layers):
+            for name, x in zip("qkv", (q, k, k), strict=True):
+                self._projections[layer, name] = x
+            self._attend(layer, q, k, k, None)
+        return torch.empty(batch, 0, shape.hidden, dtype=dtype, device=self.host.device)
+
+    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+        share, owns = self.plan.host(self.host.rank), self.host.rank == self.plan.owner
+        if self._prefilling:
+            found = [self._projections.pop((layer, name), None) for name in "qkv"]
+            projections = Projections(q=found[0], k=found[1], v=found[2]) if None not in found else None
+            out = self.method.attend(
+                q, k, v, Context(self.plan, self.host, layer, scale, projections, self.trace)
+            )
+            last = share.rows if owns else share.rows - share.query_rows
+            self._append(layer, k[:, :, share.anchor_rows : last], v[:, :, share.anchor_rows : last])
+            return out
+        if owns:
+            self._append(layer, k, v)
+        return start_attend_over_hosts(
+            q, self.keys[layer], self.values[layer], self.host, owner=self.plan.owner, scale=scale
+        ).wait()
+
+    def _append(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Put new keys and values behind the cached ones, in room kept for a few hundred more."""
+        for name, cache, new in (("k", self.keys, k), ("v", self.values, v)):
+            start = cache[layer].shape[2] if layer in cache else 0
+            stop = start + new.shape[2]
+            room = self._spare.get((layer, name))
+            if room is None or room.shape[2] < stop:
+                room = new.new_empty(*new.shape[:2], stop + _SPARE_TOKENS, new.shape[3])
+                if start:
+                    room[:, :, :start] = cache[layer]
+                self._spare[layer, name] = room
+            room[:, :, start:stop] = new
+            cache[layer] = room[:, :, :stop]
+
+    @contextmanager
+    def _capture_projections(self) -> Iterator[None]:
+        """Note q, k and v before RoPE while the layers run, if the method reads them."""
+        if "projections" not in self.method.needs:
+            yield
+            return
+        hooks = []
+        for module in self.model.modules():
+            if not isinstance(getattr(module, "layer_idx", None), int) or not hasattr(module, "o_proj"):
+                continue
+            for name in "qkv":
+                source = getattr(module, f"{name}_norm", None) or getattr(module, f"{name}_proj", None)
+                if source is None:
+                    raise ValueError(
+                        f"model: {type(module).__name__} has no {name}_proj, so its projections before RoPE cannot be "
+                        f"read; use a compressor that needs none (query-aware)"
+                    )
+                hooks.append(source.register_forward_hook(self._noter(module.layer_idx, name, module.head_dim)))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _noter(self, layer: int, name: str, head_dim: int) -> Any:
+        def note(module: nn.Module, args: Any, output: Tensor) -> None:
+            heads_last = output.reshape(*output.shape[:2], -1, head_dim)
+            self._projections[layer, name] = rearrange(heads_last, "b n h d -> b h n d")
+
+        return note
+
+
+def share_weights(model: Any) -> Any:
+    """Return a model with modules of its own and the same weights, so that thread hosts do not share hooks."""
+    memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return deepcopy(model, memo)
+
+
+def model_shape(config: Any) -> ModelShape:
+    """Read the sizes that costs depend on from a transformers configuration.
+
+    Raises:
+        ValueError: the configuration lacks one of them.
+    """
+    try:
+        heads = config.num_attention_heads
+        return ModelShape(
+            hidden=config.hidden_size,
+            heads=heads,
+            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            ffn=config.intermediate_size,
+            layers=config.num_hidden_layers,
+        )
+    except AttributeError as error:
+        raise ValueError(f"config: {type(config).__name__} is not a decoder configuration apb knows: {error}") from None

@@ -1,0 +1,186 @@
+"""Compile a Triton kernel for a GPU that is not there, and read what the assembler says of it.
+
+Spilled registers, too much shared memory and serialised tensor-core instructions are the three ways in which a
+kernel turns slow without turning wrong. All three are known at compile time, on any machine with Triton.
+Needs a process in which TRITON_INTERPRET is unset.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from . import decode, masked_flash, merge
+
+__all__ = ["SHARED_BYTES_LIMIT", "Report", "compile_kernel", "report_decode", "report_masked_flash", "report_merge"]
+
+SHARED_BYTES_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+"""Shared memory that one program may take, by compute capability × 10."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What one compiled kernel costs.
+
+    Attributes:
+        registers: per thread (255 at most).
+        stack_bytes: local memory per thread.
+        spill_bytes: registers stored to and loaded from local memory, per thread.
+        shared_bytes: shared memory per program.
+        wgmma_serialised: the assembler gave up on asynchronous tensor-core instructions (messages C75xx).
+        messages: the assembler's output, to be read.
+    """
+
+    registers: int
+    stack_bytes: int
+    spill_bytes: int
+    shared_bytes: int
+    wgmma_serialised: bool
+    messages: str
+
+
+def compile_kernel(
+    kernel: triton.JITFunction,
+    types: Mapping[str, str],
+    constants: Mapping[str, Any],
+    *,
+    capability: int,
+    warps: int,
+    stages: int,
+) -> Report:
+    """Compile `kernel` for sm_`capability` as a launch with contiguous, aligned tensors would.
+
+    Args:
+        kernel: a function under @triton.jit.
+        types: Triton type of each argument that is no constant, such as "*bf16", "fp32" or
+            "tensordesc<bf16[1, 1, 64, 128]>"; a name left out is an i32.
+        constants: value of each tl.constexpr argument, and of arguments that specialise to 1.
+        capability: 80, 90 or 100.
+        warps: warps of a program.
+        stages: stages of the software pipeline.
+
+    Returns:
+        The report of the assembler.
+
+    Raises:
+        RuntimeError: if this process runs Triton's interpreter.
+    """
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("kernels are interpreted here: compile in a process without TRITON_INTERPRET")
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
+    # The launcher specialises pointers and strides that are multiples of 16, so do the same.
+    aligned = [["tt.divisibility", 16]]
+    attributes = {
+        (i,): aligned
+        for i, name in enumerate(kernel.arg_names)
+        if signature[name].startswith("*") or (name.startswith("stride_") and name not in constants)
+    }
+    compiled = triton.compile(
+        ASTSource(kernel, signature, dict(constants), attributes),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": warps, "num_stages": stages},
+    )
+    return _assemble(compiled.asm["ptx"], capability, compiled.metadata.shared)
+
+
+def _assemble(ptx: str, capability: int, shared_bytes: int) -> Report:
+    """Run the bundled ptxas once more, for its messages."""
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    ptxas = tools / ("ptxas-blackwell" if capability >= 100 else "ptxas")
+    arch = f"sm_{capability}" + ("a" if capability >= 90 else "")
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        command = [ptxas, "-v", f"--gpu-name={arch}", source, "-o", Path(folder) / "kernel.cubin"]
+        messages = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    stack, stores, loads = (
+        sum(int(n) for n in re.findall(rf"(\d+) bytes {what}", messages))
+        for what in ("stack frame", "spill stores", "spill loads")
+    )
+    return Report(
+        registers=max(int(n) for n in re.findall(r"Used (\d+) registers", messages)),
+        stack_bytes=stack,
+        spill_bytes=stores + loads,
+        shared_bytes=shared_bytes,
+        wgmma_serialised="C75" in messages,
+        messages=messages,
+    )
+
+
+def report_masked_flash(
+    dtype: torch.dtype, dim: int, capability: int, tiles: masked_flash.Tiles | None = None
+) -> Report:
+    """Compile the masked attention kernel with its table's tiles, or others."""
+    tiles = tiles or masked_flash.choose_tiles(dtype, dim, divmod(capability, 10))
+    name, block_d = _TRITON_NAME[dtype], triton.next_power_of_2(dim)
+    types = {x: f"*{name}" for x in ("q", "k", "v", "out")} | {"lse": "*fp32", "scale_log2": "fp32"}
+    if tiles.tma:
+        types["k"] = types["v"] = f"tensordesc<{name}[1, 1, {tiles.block_n}, {block_d}]>"
+    constants = {f"stride_{x}d": 1 for x in "qkvo"} | {
+        "D": dim, "BLOCK_D": block_d, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "TMA": tiles.tma,
+        "STAGES": tiles.stages, "DIAGONAL_STAGES": tiles.diagonal_stages,
+    }  # fmt: skip
+    kernel = masked_flash.masked_flash_kernel
+    return compile_kernel(kernel, types, constants, capability=capability, warps=tiles.warps, stages=tiles.stages)
+
+
+def report_decode(dtype: torch.dtype, dim: int, packed_rows: int, capability: int) -> Report:
+    """Compile the split-KV kernel for a number of rows · heads of a group."""
+    tiles = decode.choose_tiles(dtype, dim, packed_rows)
+    name = _TRITON_NAME[dtype]
+    types = {x: f"*{name}" for x in ("q", "k", "v")} | {"outs": "*fp32", "lses": "*fp32", "scale_log2": "fp32"}
+    constants = {f"stride_{x}d": 1 for x in "qkvo"} | {
+        "D": dim, "BLOCK_D": triton.next_power_of_2(dim), "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "CAUSAL": True,
+    }  # fmt: skip
+    kernel = decode.split_kv_decode_kernel
+    return compile_kernel(kernel, types, constants, capability=capability, warps=tiles.warps, stages=tiles.stages)
+
+
+def report_merge(dim: int, capability: int) -> Report:
+    """Compile the merge kernel for float32 partials and a bfloat16 result."""
+    block_d = triton.next_power_of_2(dim)
+    types = {"outs": "*fp32", "lses": "*fp32", "out": "*bf16", "lse": "*fp32"}
+    constants = {"stride_sd": 1, "stride_ln": 1, "D": dim, "BLOCK_D": block_d, "BLOCK_ROWS": merge.block_rows(block_d)}
+    return compile_kernel(merge.merge_kernel, types, constants, capability=capability, warps=4, stages=3)
+
+
+_TRITON_NAME = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+
+def main(capabilities: list[int]) -> None:
+    """Print, as lines of JSON, the report of every kernel for the given capabilities."""
+    for capability in capabilities:
+        for dtype, dims in ((torch.bfloat16, (64, 96, 128, 256)), (torch.float32, (64, 128, 256))):
+            for dim in dims:
+                reports = {"masked_flash": report_masked_flash(dtype, dim, capability)}
+                for packed_rows in (16, 64):
+                    reports[f"decode {packed_rows}"] = report_decode(dtype, dim, packed_rows, capability)
+                for kernel, report in reports.items():
+                    print(
+                        json.dumps(
+                            {"kernel": kernel, "dtype": str(dtype), "dim": dim, "capability": capability}
+                            | asdict(report)
+                        ),
+                        flush=True,
+                    )
+        print(
+            json.dumps(
+                {"kernel": "merge", "dtype": "torch.float32", "dim": 128, "capability": capability}
+                | asdict(report_merge(128, capability))
+            ),
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main([int(argument) for argument in sys.argv[1:]] or list(SHARED_BYTES_LIMIT))

@@ -1,0 +1,90 @@
+"""Join partial attention: the algebra that lets hosts, splits and passes work on disjoint keys.
+
+Each part holds attention over its own keys and the log-sum-exp (LSE) of its scores. Merging is associative
+and commutative, with (0, −inf) as its identity, so any partition of the keys merges to the whole (APB
+section 3.6).
+"""
+
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+__all__ = ["MergeBackend", "merge", "merge_pair"]
+
+MergeBackend = Literal["auto", "torch", "triton"]
+
+_TRITON_INSTALLED = find_spec("triton") is not None  # it has no wheels outside Linux
+
+
+def merge(
+    outs: Float[Tensor, "parts batch heads rows dim"],
+    lses: Float[Tensor, "parts batch heads rows"],
+    *,
+    backend: MergeBackend = "auto",
+) -> tuple[Float[Tensor, "batch heads rows dim"], Float[Tensor, "batch heads rows"]]:
+    """Merge stacked partial outputs of attention over disjoint keys into the output over all of them.
+
+    l = log Σᵢ exp(lᵢ), o = Σᵢ oᵢ · exp(lᵢ − l), in float32. A part with lᵢ = −inf counts for nothing,
+    whatever its output holds; where every part is empty the result is (0, −inf).
+
+    Args:
+        outs: partial outputs, one or more parts.
+        lses: their LSEs, natural log, float32.
+        backend: "torch" runs anywhere, "triton" reads every part once; "auto" takes triton on CUDA.
+
+    Returns:
+        The merged output in the dtype of `outs`, and the merged LSE in float32.
+
+    Raises:
+        ValueError: if the shapes do not belong together, there is no part, or the backend cannot run here.
+    """
+    if outs.ndim != 5 or outs.shape[:-1] != lses.shape or outs.shape[0] == 0:
+        raise ValueError(
+            f"outs must be [parts ≥ 1, batch, heads, rows, dim] and lses the same without dim; "
+            f"got {list(outs.shape)} and {list(lses.shape)}. Use torch.stack to build them."
+        )
+    if backend not in ("auto", "torch", "triton"):
+        raise ValueError(f"backend must be auto, torch or triton, got {backend!r}")
+    if backend == "triton" and not _TRITON_INSTALLED:
+        raise ValueError("backend 'triton' needs Triton, which runs on Linux only; use backend='torch'")
+    if backend == "triton" or (backend == "auto" and outs.is_cuda and _TRITON_INSTALLED):
+        from apb.kernels.merge import merge_partials
+
+        return merge_partials(outs, lses)
+    compute = torch.promote_types(outs.dtype, torch.float32)
+    lses = lses.to(compute)
+    lse = torch.logsumexp(lses, dim=0)
+    weights = torch.softmax(lses, dim=0).masked_fill_(torch.isneginf(lses), 0.0)  # exp(lᵢ − l), summing to 1
+    terms = outs.to(compute).mul(weights[..., None]).masked_fill_((weights == 0)[..., None], 0.0)
+    return terms.sum(dim=0).to(outs.dtype), lse.float()
+
+
+def merge_pair(
+    out1: Float[Tensor, "batch heads rows dim"],
+    lse1: Float[Tensor, "batch heads rows"],
+    out2: Float[Tensor, "batch heads rows dim"],
+    lse2: Float[Tensor, "batch heads rows"],
+) -> tuple[Float[Tensor, "batch heads rows dim"], Float[Tensor, "batch heads rows"]]:
+    """Merge two partial outputs: l = logaddexp(l₁, l₂), o = o₁ · exp(l₁ − l) + o₂ · exp(l₂ − l).
+
+    Args:
+        out1: first partial output.
+        lse1: its LSE, natural log, float32.
+        out2: second partial output, over other keys.
+        lse2: its LSE.
+
+    Returns:
+        The merged output in the dtype of `out1`, and the merged LSE in float32.
+
+    Raises:
+        ValueError: as `merge`.
+    """
+    if out1.shape != out2.shape or lse1.shape != lse2.shape:
+        raise ValueError(
+            f"out1, out2 and lse1, lse2 must agree in shape; got {list(out1.shape)}, {list(out2.shape)} "
+            f"and {list(lse1.shape)}, {list(lse2.shape)}"
+        )
+    return merge(torch.stack((out1, out2)), torch.stack((lse1, lse2)))

@@ -1,0 +1,51 @@
+"""Turn a document and a question into tokens, kept apart so that a method can place each where it wants."""
+
+from typing import Any
+
+import torch
+
+from apb.generate import Prompt
+
+__all__ = ["build_prompt"]
+
+_DOCUMENT, _QUERY = "<<apb-document>>", "<<apb-query>>"
+
+
+def build_prompt(tokenizer: Any, document: str, query: str, *, answer_prefix: str = "") -> Prompt:
+    """Tokenise `document` and `query`, inside the tokenizer's chat template if it has one.
+
+    The rendered text is prefix + document, then the question, then whatever comes before the answer; the three are
+    tokenised one by one, so that the same tokens stand in the anchor and behind the document.
+
+    Args:
+        tokenizer: of the model.
+        document: the long text.
+        query: the question about it.
+        answer_prefix: how the answer begins, given rather than generated.
+
+    Raises:
+        ValueError: the document or the question is empty.
+    """
+    for name, text in (("document", document), ("query", query)):
+        if not text.strip():
+            raise ValueError(f"{name}: expected some text, got {text!r}")
+    head, tail = "", ""
+    if getattr(tokenizer, "chat_template", None):
+        content = f"{_DOCUMENT}{_QUERY}"
+        rendered = tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
+        head, tail = rendered.split(content)
+    elif tokenizer.bos_token:
+        head = tokenizer.bos_token
+
+    def ids(text: str) -> torch.Tensor:
+        return torch.tensor([tokenizer(text, add_special_tokens=False).input_ids], dtype=torch.int64)
+
+    prefix = ids(head)
+    return Prompt(
+        document=torch.cat((prefix, ids(document.strip() + "\n\n")), dim=-1),
+        query=ids(query.strip()),
+        suffix=ids(tail + answer_prefix),
+        prefix_tokens=prefix.shape[-1],
+    )

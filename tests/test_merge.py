@@ -1,0 +1,120 @@
+"""Merging: any partition of the keys merges to the whole, in any order, and nothing is its identity."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from attention_cases import SEEDS, draw_inputs
+from hypothesis import given
+from hypothesis import strategies as st
+
+from apb import reference
+from apb.merge import merge, merge_pair
+from apb.testing.tolerance import assert_lse_close
+
+NO_INTERPRETER = pytest.mark.skipif(torch.cuda.is_available(), reason="runs under the interpreter; see tests/gpu")
+BACKENDS = ["torch", pytest.param("triton", marks=NO_INTERPRETER)]
+INF = torch.inf
+
+
+def draw_parts(seed, parts, shape, size=20.0):
+    generator = torch.Generator().manual_seed(seed)
+    outs = torch.randn(parts, *shape, generator=generator)
+    return outs, size * torch.randn(outs.shape[:-1], generator=generator)
+
+
+def assert_merged(out, lse, outs, lses, tol=5e-5):
+    truth, truth_lse = reference.merge(outs.nan_to_num(), lses)
+    torch.testing.assert_close(out.double(), truth, atol=tol, rtol=tol)
+    assert_lse_close(lse, truth_lse)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(seed=SEEDS, cuts=st.lists(st.integers(0, 40), max_size=4))
+def test_any_partition_of_the_keys_merges_to_the_whole(backend, seed, cuts):
+    q, k, v = draw_inputs(seed, (2, 1, 2), 5, 40, 16, torch.float64)
+    ends = [0, *sorted(cuts), 40]
+    parts = [
+        reference.attention(q, k[:, :, a:b], v[:, :, a:b], torch.ones(5, b - a, dtype=torch.bool))
+        for a, b in pairwise(ends)
+    ]
+    outs, lses = (torch.stack(x).float() for x in zip(*parts, strict=True))
+    out, lse = merge(outs, lses, backend=backend)
+    whole, whole_lse = reference.attention(q, k, v, torch.ones(5, 40, dtype=torch.bool))
+    torch.testing.assert_close(out.double(), whole, atol=5e-5, rtol=5e-5)
+    assert_lse_close(lse, whole_lse)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(seed=SEEDS, parts=st.integers(1, 5), dim=st.sampled_from([16, 80]), strided=st.booleans(),
+       dtype=st.sampled_from([torch.float32, torch.float16]))  # fmt: skip
+def test_equals_the_oracle(backend, seed, parts, dim, strided, dtype):
+    outs, lses = draw_parts(seed, parts, (2, 3, 7, dim), size=200.0)
+    outs = outs.to(dtype)
+    if strided:
+        outs, lses = outs.transpose(2, 3).contiguous().transpose(2, 3), lses.mT.contiguous().mT
+    out, lse = merge(outs, lses, backend=backend)
+    assert out.dtype == dtype
+    assert_merged(out, lse, outs, lses, tol=2e-3 if dtype == torch.float16 else 5e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(seed=SEEDS, order=st.permutations(range(4)))
+def test_order_free(backend, seed, order):
+    outs, lses = draw_parts(seed, 4, (1, 2, 5, 16))
+    out, lse = merge(outs, lses, backend=backend)
+    again, again_lse = merge(outs[order], lses[order], backend=backend)
+    torch.testing.assert_close((out, lse), (again, again_lse), atol=2e-5, rtol=2e-5)
+
+
+@given(seed=SEEDS)
+def test_associative(seed):
+    outs, lses = draw_parts(seed, 3, (1, 2, 5, 16))
+    (a, b, c), (x, y, z) = outs, lses
+    left = merge_pair(*merge_pair(a, x, b, y), c, z)
+    right = merge_pair(a, x, *merge_pair(b, y, c, z))
+    torch.testing.assert_close(left, right, atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(left, merge(outs, lses), atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_empty_part_counts_for_nothing_even_if_it_holds_nan(backend):
+    outs, lses = draw_parts(0, 3, (1, 2, 5, 16))
+    outs[1], lses[1] = torch.nan, -INF
+    out, lse = merge(outs, lses, backend=backend)
+    torch.testing.assert_close((out, lse), merge(outs[::2], lses[::2], backend=backend))
+    torch.testing.assert_close(merge_pair(outs[0], lses[0], outs[1], lses[1]), (outs[0], lses[0]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_merges_to_nothing(backend):
+    outs, lses = torch.full((3, 1, 2, 5, 16), torch.nan), torch.full((3, 1, 2, 5), -INF)
+    out, lse = merge(outs, lses, backend=backend)
+    assert (out == 0).all() and (lse == -INF).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shift", [-3e38, -1e6, 1e6, 3e38])
+def test_any_size_of_lse_is_stable(backend, shift):
+    outs, lses = torch.ones(2, 1, 1, 3, 16), torch.full((2, 1, 1, 3), shift)
+    outs[1] = 3
+    out, _ = merge(outs, lses, backend=backend)
+    torch.testing.assert_close(out, torch.full((1, 1, 3, 16), 2.0))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_rows(backend):
+    out, lse = merge(torch.zeros(2, 1, 2, 0, 16), torch.zeros(2, 1, 2, 0), backend=backend)
+    assert out.shape == (1, 2, 0, 16) and lse.shape == (1, 2, 0)
+
+
+def test_errors():
+    outs, lses = draw_parts(0, 2, (1, 2, 5, 16))
+    with pytest.raises(ValueError, match=r"got \[1, 2, 5, 16\] and \[1, 2, 5\]. Use torch.stack"):
+        merge(outs[0], lses[0])
+    with pytest.raises(ValueError, match="parts ≥ 1"):
+        merge(outs[:0], lses[:0])
+    with pytest.raises(ValueError, match="backend must be auto, torch or triton, got 'sdpa'"):
+        merge(outs, lses, backend="sdpa")
+    with pytest.raises(ValueError, match="must agree in shape"):
+        merge_pair(outs[0], lses[0], outs[0, :, :1], lses[0, :, :1])
