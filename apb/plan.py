@@ -304,7 +304,7 @@ def plan_context(
         )
     if query_offset > anchor:
         raise ValueError(f"query_offset: expected at most anchor = {anchor}, got {query_offset}")
-    if hosts > 1 and plan.anchor_rows > plan.block_tokens:
+    if len(plan.blocks) > 1 and plan.anchor_rows > plan.block_tokens:
         raise ValueError(
             f"query: {query} tokens beside an anchor of {anchor} take positions 0 … {plan.anchor_rows - 1}, past the "
             f"start of the second block at {plan.block_tokens}; expected at most {plan.block_tokens - anchor} query "

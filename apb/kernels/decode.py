@@ -110,8 +110,8 @@ def choose_tiles(dtype: torch.dtype, dim: int, packed_rows: int) -> Tiles:
     """Fit the row tile to the packed rows, 16 .. 64, and the key tile to shared memory and registers."""
     block_m = min(64, max(16, triton.next_power_of_2(packed_rows)))
     if dtype == torch.float32:
-        return Tiles(min(block_m, 32), 32 if dim <= 128 else 16, 4, 2)
-    return Tiles(block_m, 64 if dim <= 128 else 32, 4, 3)
+        return Tiles(16, 32, 8, 1) if dim <= 128 else Tiles(16, 16, 8, 1)
+    return Tiles(block_m, 64, 4, 3) if dim <= 128 else Tiles(block_m, 32, 8 if block_m == 64 else 4, 3)
 
 
 def choose_splits(programs: int, columns: int, block_n: int, processors: int) -> tuple[int, int]:

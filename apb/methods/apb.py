@@ -49,7 +49,8 @@ class APB:
         Raises:
             ValueError: also when the compressor reads the question and the plan would hold it nowhere.
         """
-        reads_query = "query" in self.needs and hosts > 1 and self.passing > 0
+        several = hosts > 1 or self.layout == "zigzag"  # blocks
+        reads_query = "query" in self.needs and several and self.passing > 0
         if reads_query and not (query and (self.anchor or self.query_in == "prefill")):
             raise ValueError(
                 f"query: {type(self.compressor).__name__} reads the question, but there are {query} query tokens and "

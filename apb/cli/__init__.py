@@ -1,0 +1,31 @@
+"""The command line: one file a command, each with `add_arguments(parser)` and `run(arguments) → exit status`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from apb.cli import bench, demo, doctor, generate, plan
+
+__all__ = ["main"]
+
+_COMMANDS = {"plan": plan, "generate": generate, "demo": demo, "doctor": doctor, "bench": bench}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse `argv` (default: the process's own) and run the command; 0 is success, 2 bad input, 1 a failure."""
+    parser = argparse.ArgumentParser(prog="apb", description="Sequence-parallel approximate attention.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, module in _COMMANDS.items():
+        summary = (module.__doc__ or "").strip().splitlines()[0]
+        module.add_arguments(commands.add_parser(name, help=summary, description=summary))
+    arguments = parser.parse_args(argv)
+    try:
+        return _COMMANDS[arguments.command].run(arguments)
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError, ImportError) as error:
+        print(f"apb {arguments.command}: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        print(f"apb {arguments.command}: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1

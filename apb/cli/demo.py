@@ -1,0 +1,64 @@
+"""Hide a pass key in a real text and let a real model find it, with APB over several hosts."""
+
+import argparse
+import json
+import random
+import sys
+from dataclasses import asdict
+from importlib.resources import files
+
+from apb.cli.generate import add_host_arguments, describe, job_from, run_and_compare
+from apb.models import DEMO_MODEL
+
+__all__ = ["add_arguments", "hide_key", "run"]
+
+QUERY = "What is the special pass key for the palace mentioned in the provided text?"
+ANSWER_PREFIX = "The special pass key for the palace mentioned in the provided text is"
+_CHARACTERS = 16_800  # about 4000 tokens
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this command's arguments."""
+    parser.add_argument("--seed", type=int, default=0, help="draws the key and where it is hidden")
+    parser.add_argument("--json", action="store_true", help="print JSON instead")
+    add_host_arguments(parser, hosts=4)
+
+
+def hide_key(seed: int) -> tuple[str, str, float]:
+    """Return the document, its five-digit key, and the key's depth (0 is the start, 1 the end)."""
+    draw = random.Random(seed)
+    key, depth = str(draw.randrange(10_000, 100_000)), draw.uniform(0.1, 0.9)
+    text = files("apb").joinpath("data/esther.txt").read_text(encoding="utf-8")[:_CHARACTERS]
+    sentences = text[: text.rindex(".")].split(". ")
+    place = round(depth * len(sentences))
+    sentences.insert(place, f"One of the special pass keys for the palace is: {key}")
+    return ". ".join(sentences) + ".", key, depth
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Ask for the key with APB and with exact attention; 0 if APB's answer has it."""
+    document, key, depth = hide_key(arguments.seed)
+    print(
+        f"{DEMO_MODEL} reads six chapters of the Book of Esther (King James Version), in which the pass key {key} is "
+        f"hidden at {depth:.0%} depth.",
+        file=sys.stderr,
+        flush=True,
+    )
+    job = job_from(
+        arguments,
+        model=DEMO_MODEL,
+        document=document,
+        query=QUERY,
+        answer_prefix=ANSWER_PREFIX,
+        max_new_tokens=8,
+    )
+    reports = run_and_compare(job, compare=True)
+    if not reports:
+        return 0  # another rank prints
+    found = [key in report.answer for report in reports]
+    if arguments.json:
+        print(json.dumps([asdict(report) | {"right": ok} for report, ok in zip(reports, found, strict=True)], indent=2))
+    else:
+        for report, ok in zip(reports, found, strict=True):
+            print(f"\n{describe(report)}\n{'Right' if ok else 'Wrong'}: the key is {key}.")
+    return 0 if found[0] else 1

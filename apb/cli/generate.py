@@ -1,0 +1,131 @@
+"""Answer a question about a document on several hosts."""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import get_args
+
+from apb.attend import Backend
+from apb.cli.progress import show_phase
+from apb.cli.table import table
+from apb.compress import TRAINING_FREE
+from apb.plan import Layout, QueryIn
+from apb.run import HostKind, Job, Report, run_job
+
+__all__ = ["add_arguments", "add_host_arguments", "describe", "job_from", "run", "run_and_compare"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this command's arguments."""
+    parser.add_argument("--model", required=True, help="a local directory, a hub id, or SmolLM2-135M-Instruct")
+    parser.add_argument("--document", required=True, help="a text file; - reads standard input")
+    parser.add_argument("--query", required=True, help="the question")
+    parser.add_argument("--answer-prefix", default="", help="how the answer begins")
+    parser.add_argument("--max-new-tokens", type=int, default=32)
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    parser.add_argument("--json", action="store_true", help="print JSON instead")
+    parser.add_argument("--compare-exact", action="store_true", help="also answer with exact attention on one host")
+    add_host_arguments(parser, hosts=1)
+
+
+def add_host_arguments(parser: argparse.ArgumentParser, *, hosts: int) -> None:
+    """Add what says where and how: hosts, anchor, passing, compressor, layout, backend."""
+    parser.add_argument("--hosts", type=int, default=hosts, help="under torchrun: left out, its ranks are the hosts")
+    parser.add_argument("--host-kind", choices=get_args(HostKind), default="auto")
+    parser.add_argument("--anchor", type=int, help="document tokens in the anchor (default: a quarter of a block)")
+    parser.add_argument("--passing", type=int, help="tokens each block passes on (default: an eighth of a block)")
+    parser.add_argument("--compressor", choices=(*TRAINING_FREE, "retaining-head"), default="query-aware")
+    parser.add_argument("--heads", type=Path, help="checkpoint of the retaining heads")
+    parser.add_argument("--query-in", choices=get_args(QueryIn), default="anchor")
+    parser.add_argument("--layout", choices=get_args(Layout), default="contiguous")
+    parser.add_argument("--backend", choices=get_args(Backend), default="auto")
+    parser.add_argument("--timeout", type=float, default=300.0, help="longest wait for another host, in seconds")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Generate, and print the answer, what each host did, and how long each phase took."""
+    job = job_from(
+        arguments,
+        model=arguments.model,
+        document=_read(arguments.document),
+        query=arguments.query,
+        answer_prefix=arguments.answer_prefix,
+        max_new_tokens=arguments.max_new_tokens,
+        dtype=arguments.dtype,
+    )
+    reports = run_and_compare(job, compare=arguments.compare_exact)
+    if not reports:
+        return 0  # another rank prints
+    if arguments.json:
+        print(json.dumps([asdict(report) for report in reports], indent=2))
+    else:
+        print("\n\n".join(describe(report) for report in reports))
+    return 0
+
+
+def job_from(arguments: argparse.Namespace, **what: object) -> Job:
+    """Make a job of the host arguments and `what` else it needs."""
+    where = ("hosts", "host_kind", "anchor", "passing", "compressor", "heads", "query_in", "layout", "backend")
+    return Job(**{name: getattr(arguments, name) for name in where}, timeout_s=arguments.timeout, **what)  # ty: ignore
+
+
+def run_and_compare(job: Job, *, compare: bool) -> list[Report]:
+    """Run the job and, if asked, the same question with exact attention on one host here."""
+    report = run_job(job, on_phase=show_phase)
+    if report is None:
+        return []
+    reports = [report]
+    if compare:
+        print("The same question with exact attention on one host", file=sys.stderr, flush=True)
+        exact = replace(job, method="flash", hosts=1, host_kind="threads")
+        answer = run_job(exact, on_phase=show_phase, here=True)
+        reports += [answer] if answer else []
+    show_phase("done")
+    return reports
+
+
+def describe(report: Report) -> str:
+    """Lay out a report: the answer, what each host held, passed and computed, and the phases' times."""
+    plan = report.plan
+    exact = plan.hosts == 1
+    lines = [
+        f"Answer: {report.answer}",
+        f"{'Exact attention' if exact else 'APB'} on {report.host_kind} ({report.hosts[0].device}), "
+        f"{plan.tokens} document tokens, {report.wall_s:.1f} s in all",
+    ]
+    if not exact:
+        lines.append(
+            f"anchor {plan.anchor} + query {plan.query} tokens, passing {plan.passing}, {plan.layout}: {report.method}"
+        )
+    rows = []
+    for host in report.hosts:
+        share = plan.host(host.rank)
+        spans = " ".join(f"[{block.start}, {block.stop})" for block in share.blocks)
+        rows.append(
+            (
+                host.rank,
+                spans,
+                share.anchor_rows,
+                sum(block.passing_tokens for block in share.blocks),
+                sum(block.kept_tokens for block in share.blocks),
+                f"{host.cost.pairs:,}",
+                f"{sum(host.sent_bytes.values()) / 1e6:.2f}",
+                sum(host.messages.values()),
+            )
+        )
+    head = ("host", "holds", "anchor rows", "receives", "passes", "pairs/layer/head", "sent MB", "messages")
+    lines += ["", table(head, rows), ""]
+    phases = list(report.hosts[0].phase_ms)
+    times = [(host.rank, *(f"{host.phase_ms.get(name, 0.0):,.0f}" for name in phases)) for host in report.hosts]
+    inside = {"compress": "compress*", "pass": "pass*", "attend": "attend*"}
+    lines += [table(("ms on host", *(inside.get(name, name) for name in phases)), times), "* inside prefill"]
+    return "\n".join(lines)
+
+
+def _read(path: str) -> str:
+    try:
+        return sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"document: {path} is not UTF-8 text ({error})") from None

@@ -1,0 +1,66 @@
+"""Show how a document would be split, what each host would compute and send, and draw it."""
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import get_args
+
+from apb.cli.table import table
+from apb.costs import LLAMA_3_1_8B, host_cost
+from apb.plan import Layout, QueryIn, plan_context
+from apb.viz import picture, text_strip
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this command's arguments."""
+    parser.add_argument("--tokens", type=int, required=True, help="document tokens")
+    parser.add_argument("--hosts", type=int, required=True)
+    parser.add_argument("--anchor", type=int, default=0, help="document tokens in the anchor")
+    parser.add_argument("--passing", type=int, default=0, help="tokens each block passes on")
+    parser.add_argument("--query-tokens", type=int, default=0, help="tokens of the question")
+    parser.add_argument("--query-offset", type=int, default=0, help="document tokens before the question in the anchor")
+    parser.add_argument("--query-in", choices=get_args(QueryIn), default="anchor")
+    parser.add_argument("--layout", choices=get_args(Layout), default="contiguous")
+    parser.add_argument("--picture", type=Path, help="write a picture here (.svg, .png or .pdf)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the plan and its costs for one layer of Llama-3.1-8B's shape."""
+    plan = plan_context(
+        tokens=arguments.tokens,
+        hosts=arguments.hosts,
+        anchor=arguments.anchor,
+        passing=arguments.passing,
+        query=arguments.query_tokens,
+        query_offset=arguments.query_offset,
+        query_in=arguments.query_in,
+        layout=arguments.layout,
+    )
+    costs = [host_cost(plan, rank, LLAMA_3_1_8B) for rank in range(plan.hosts)]
+    if arguments.json:
+        blocks = [asdict(block) for block in plan.blocks]
+        print(json.dumps({"plan": asdict(plan), "blocks": blocks, "costs": [asdict(cost) for cost in costs]}, indent=2))
+    else:
+        print(plan, end="\n\n")
+        print(text_strip(plan), end="\n\n")
+        print("One layer of Llama-3.1-8B's shape, bf16:")
+        rows = [
+            (
+                rank,
+                f"{cost.rows:,}",
+                f"{cost.pairs:,}",
+                f"{cost.attention_flops / 1e12:.2f}",
+                f"{cost.linear_flops / 1e12:.2f}",
+                f"{cost.sent_bytes / 1e6:.1f}",
+                f"{cost.cache_bytes / 1e6:.1f}",
+            )
+            for rank, cost in enumerate(costs)
+        ]
+        print(table(("host", "rows", "pairs", "attention TFLOP", "linear TFLOP", "sent MB", "cache MB"), rows))
+    if arguments.picture:
+        print(f"Picture: {picture(plan, arguments.picture)}")
+    return 0

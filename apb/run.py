@@ -1,0 +1,214 @@
+"""Answer one question on the hosts that are here: find or start them, load the model on each, generate, report."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from apb.attend import Backend
+from apb.compress import TRAINING_FREE, Compressor, RetainingHead, load_retaining_head
+from apb.costs import HostCost
+from apb.generate import Generation, Prompt, generate
+from apb.hf import model_shape, share_weights
+from apb.methods import APB, Flash, Method
+from apb.models import load_model, load_tokenizer
+from apb.parallel import Host, host_from_env, run_processes, run_simulated, run_threads
+from apb.plan import ContextPlan, Layout, QueryIn
+from apb.prompt import build_prompt
+
+__all__ = ["HostKind", "HostReport", "Job", "Report", "run_job"]
+
+HostKind = Literal["auto", "processes", "threads", "simulated"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What to run. `anchor` and `passing` of None are a quarter and an eighth of a block, as in the paper at 128K."""
+
+    model: str
+    document: str = field(repr=False)
+    query: str
+    answer_prefix: str = ""
+    method: Literal["apb", "flash"] = "apb"
+    hosts: int = 1
+    host_kind: HostKind = "auto"
+    anchor: int | None = None
+    passing: int | None = None
+    compressor: str = "query-aware"
+    heads: Path | None = None
+    query_in: QueryIn = "anchor"
+    layout: Layout = "contiguous"
+    backend: Backend = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    max_new_tokens: int = 32
+    timeout_s: float = 300.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostReport:
+    """What one host held, computed, sent and spent."""
+
+    rank: int
+    device: str
+    cost: HostCost
+    sent_bytes: dict[str, int]
+    messages: dict[str, int]
+    phase_ms: dict[str, float]
+    peak_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """The answer and how it came about; `hosts` in rank order."""
+
+    answer: str
+    tokens: list[int]
+    plan: ContextPlan
+    method: str
+    host_kind: str
+    wall_s: float
+    hosts: list[HostReport]
+
+
+def run_job(job: Job, *, on_phase: Callable[[str], None] | None = None, here: bool = False) -> Report | None:
+    """Run `job` on the ranks that torchrun started, or else on hosts started here.
+
+    Args:
+        job: what to run.
+        on_phase: called on rank 0 with the name of each phase as it starts; picklable if hosts are spawned.
+        here: start hosts in this process even under torchrun.
+
+    Returns:
+        The report; under torchrun on rank 0 only, and None elsewhere.
+
+    Raises:
+        ValueError: something in the job that cannot be.
+        HostFailed: a host died or did not answer in time.
+    """
+    started = time.perf_counter()
+    host = None if here else host_from_env(timeout_s=job.timeout_s)
+    if host is not None:
+        kind = f"{host.world_size} ranks of torchrun"
+        if job.hosts not in (1, host.world_size):
+            raise ValueError(f"hosts: torchrun started {host.world_size} ranks, got {job.hosts}; leave --hosts out")
+        try:
+            parts = _gather_reports(host, _answer(host, job, on_phase))
+        except Exception as error:
+            host.announce(error)
+            raise
+        host.close()
+        if host.rank != 0:
+            return None
+    else:
+        kind, parts = _start_hosts(job, on_phase)
+    answer, tokens, plan, method, _ = parts[0]
+    return Report(
+        answer=answer,
+        tokens=tokens,
+        plan=plan,
+        method=method,
+        host_kind=kind,
+        wall_s=time.perf_counter() - started,
+        hosts=[part[-1] for part in parts],
+    )
+
+
+def _start_hosts(job: Job, on_phase: Callable[[str], None] | None) -> tuple[str, list[Any]]:
+    gpus, n = torch.cuda.device_count(), job.hosts
+    if n < 1:
+        raise ValueError(f"hosts: expected at least 1, got {n}")
+    kind = job.host_kind
+    if kind == "auto":
+        kind = "threads" if n == 1 or 0 < gpus < n else "processes"
+    if kind == "processes":
+        backend = "nccl" if gpus >= n else "gloo"
+        parts = run_processes(n, _answer, job, on_phase, backend=backend, timeout_s=job.timeout_s)
+        return f"{n} processes, {backend}", parts
+    device = torch.device("cuda", 0) if gpus else torch.device("cpu")
+    run = run_simulated if kind == "simulated" else run_threads
+    model = _load(job, device) if n > 1 else None
+    parts = run(n, _answer, job, on_phase, model, device=device, timeout_s=job.timeout_s)
+    name = {"simulated": "simulated host", "threads": "thread"}[kind]
+    return f"{n} {name}{'s' * (n > 1)} on {device}", parts
+
+
+def _load(job: Job, device: torch.device) -> Any:
+    dtype = job.dtype if job.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
+    return load_model(job.model, device=device, dtype=getattr(torch, dtype))
+
+
+def _answer(
+    host: Host, job: Job, on_phase: Callable[[str], None] | None = None, model: Any = None
+) -> tuple[str, list[int], ContextPlan, str, HostReport]:
+    """Do one host's share; the same on every host."""
+    tell = on_phase if host.rank == 0 and on_phase else lambda name: None
+    tell("load")
+    with host.together("load"):
+        tokenizer = load_tokenizer(job.model)
+        model = _load(job, host.device) if model is None else share_weights(model)
+        prompt = build_prompt(tokenizer, job.document, job.query, answer_prefix=job.answer_prefix)
+        method = _method(job, prompt, model)
+    stop = model.generation_config.eos_token_id
+    result: Generation = generate(
+        model,
+        method,
+        host,
+        prompt,
+        max_new_tokens=job.max_new_tokens,
+        stop_tokens=[] if stop is None else [stop] if isinstance(stop, int) else stop,
+        on_phase=tell,
+    )
+    tokens = result.tokens[0].tolist()
+    cuda = host.device.type == "cuda"
+    report = HostReport(
+        rank=host.rank,
+        device=torch.cuda.get_device_name(host.device) if cuda else "CPU",
+        cost=result.cost,
+        sent_bytes=dict(result.counters.sent_bytes),
+        messages=dict(result.counters.messages),
+        phase_ms=result.phase_ms,
+        peak_bytes=result.peak_bytes,
+    )
+    text = job.answer_prefix + tokenizer.decode(tokens, skip_special_tokens=True)
+    return text.strip(), tokens, result.plan, repr(method), report
+
+
+def _method(job: Job, prompt: Prompt, model: Any) -> Method:
+    if job.method == "flash":
+        return Flash(backend=job.backend)
+    block = -(-prompt.document.shape[-1] // (job.hosts * (2 if job.layout == "zigzag" else 1)))
+    anchor = max(block // 4, prompt.prefix_tokens) if job.anchor is None else job.anchor
+    return APB(
+        anchor=anchor if job.hosts > 1 else 0,
+        passing=block // 8 if job.passing is None else job.passing,
+        compressor=_compressor(job, model),
+        query_in=job.query_in,
+        layout=job.layout,
+        backend=job.backend,
+    )
+
+
+def _compressor(job: Job, model: Any) -> Compressor:
+    if job.compressor in TRAINING_FREE:
+        return TRAINING_FREE[job.compressor]()
+    if job.compressor != "retaining-head":
+        raise ValueError(f"compressor: expected one of {[*TRAINING_FREE, 'retaining-head']}, got {job.compressor!r}")
+    if job.heads is None:
+        raise ValueError("heads: the retaining head needs a checkpoint; give its file with --heads")
+    heads: RetainingHead = load_retaining_head(job.heads)
+    shape = model_shape(model.config)
+    heads.check_fits(layers=shape.layers, heads=shape.heads, kv_heads=shape.kv_heads, head_dim=shape.head_dim)
+    return heads.to(model.device, model.dtype)
+
+
+def _gather_reports(host: Host, mine: tuple[Any, ...]) -> list[Any]:
+    """Bring every rank's report together, as plain data."""
+    *shared, report = mine
+    plain = report.__dict__ | {"cost": report.cost.__dict__}
+    parts = []
+    for other in host.all_gather_object(plain, what="report"):
+        parts.append((*shared, HostReport(**(other | {"cost": HostCost(**other["cost"])}))))
+    return parts
