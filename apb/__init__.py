@@ -3,7 +3,7 @@
 Data flows one way: plan (who holds what) → compress → pass → attend → method → model → command line.
 """
 
-from apb import compress, methods
+from apb import compress, methods, parallel
 from apb.attend import choose_backend, decode_attention, masked_attention
 from apb.context import Context, Trace
 from apb.merge import merge, merge_pair
@@ -23,5 +23,6 @@ __all__ = [
     "merge",
     "merge_pair",
     "methods",
+    "parallel",
     "plan_context",
 ]

@@ -1,7 +1,7 @@
 """What a method is told about where it runs: the plan, this host, the layer. Travels beside q, k and v."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -20,17 +20,23 @@ class Trace:
     """What happened, if somebody wants to know: time spent by phase, and what each layer kept.
 
     Attributes:
-        phase_ms: milliseconds by phase. On CUDA each phase ends with a synchronisation, so tracing costs overlap.
-        kept: per (layer, block), the kept document positions `[batch, kv_heads, kept]`; filled if `keep_indices`.
+        timed: fill `phase_ms`. On CUDA each phase then ends with a synchronisation, which costs overlap.
+        keep_indices: fill `kept`.
+        phase_ms: milliseconds by phase.
+        kept: per (layer, block), the kept document positions `[batch, kv_heads, kept]`.
     """
 
+    timed: bool = False
     keep_indices: bool = False
     phase_ms: dict[str, float] = field(default_factory=dict)
     kept: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Add the time spent in the body to `phase_ms[name]`."""
+    def phase(self, name: str) -> Generator[None]:
+        """Add the time spent in the body to `phase_ms[name]`, if `timed`."""
+        if not self.timed:
+            yield
+            return
         start = time.perf_counter()
         yield
         if torch.cuda.is_available() and torch.cuda.is_initialized():

@@ -1,7 +1,9 @@
 """The walk of one question: agree on a plan, prefill, ask, decode greedily. The same code on every host."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha256
 from typing import Any
 
@@ -68,7 +70,8 @@ def generate(
     max_new_tokens: int = 32,
     stop_tokens: Sequence[int] = (),
     on_token: Callable[[int, Tensor], None] | None = None,
-    on_phase: Callable[[str], None] | None = None,
+    on_phase: Callable[[str, int, int], None] | None = None,
+    timed: bool = True,
     keep_indices: bool = False,
 ) -> Generation:
     """Answer greedily: prefill the document over all hosts, then the question and each new token against all caches.
@@ -81,7 +84,8 @@ def generate(
         max_new_tokens: most tokens to generate, ≥ 1.
         stop_tokens: a row ends at the first of these.
         on_token: called with (number, `[batch]` ids) of each new token.
-        on_phase: called with the name of each phase as it starts.
+        on_phase: called with (phase, 0, 0) as each phase starts, and with ("prefill", done, total) after each layer.
+        timed: measure the phases; on CUDA that synchronises several times a layer.
         keep_indices: note in `kept` which positions each layer passed on.
 
     Raises:
@@ -94,12 +98,12 @@ def generate(
     for name in ("document", "query"):
         if getattr(prompt, name).shape[-1] == 0:
             raise ValueError(f"{name}: it is empty; expected at least 1 token")
-    trace, started = Trace(keep_indices=keep_indices), on_phase or (lambda name: None)
+    trace, started = Trace(timed=timed, keep_indices=keep_indices), on_phase or (lambda name, done, total: None)
     device = host.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
-    started("plan")
+    started("plan", 0, 0)
     with trace.phase("plan"), host.together("plan"):
         shape = model_shape(model.config)
         plan = method.plan(
@@ -108,19 +112,20 @@ def generate(
             query=prompt.query.shape[-1],
             query_offset=prompt.prefix_tokens,
         )
-    host.agree((plan, repr(method), shape, _digest(prompt), max_new_tokens), what="plan")
+    described = re.sub(" at 0x[0-9a-f]+", "", repr(method))  # a pooling function stands elsewhere in every process
+    host.agree((plan, described, shape, _digest(prompt), max_new_tokens), what="plan")
 
-    session = Session(model, method, plan, host, trace=trace)
-    started("prefill")
+    session = Session(model, method, plan, host, trace=trace, on_layer=partial(started, "prefill"))
+    started("prefill", 0, 0)
     with trace.phase("prefill"):
         hidden = session.prefill(prompt.document, prompt.query)
-    started("query")
+    started("query", 0, 0)
     with trace.phase("query"):
         if plan.host(host.rank).query_rows:  # it has run along with the prefill
             logits = session.extend(prompt.suffix) if prompt.suffix.shape[-1] else session.logits(hidden[:, -1])
         else:
             logits = session.extend(torch.cat((prompt.query, prompt.suffix), dim=-1))
-    started("decode")
+    started("decode", 0, 0)
     with trace.phase("decode"):
         tokens = _decode(session, logits, max_new_tokens, stop_tokens, on_token)
     return Generation(

@@ -5,7 +5,7 @@ host's keys and values, and answers from all hosts' caches. The model itself sta
 implementation and no session, it attends exactly as with "sdpa".
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
@@ -39,7 +39,7 @@ def register() -> None:
 
 
 def _attention(
-    module: nn.Module,
+    module: Any,
     q: Float[Tensor, "batch q_heads rows dim"],
     k: Float[Tensor, "batch kv_heads rows dim"],
     v: Float[Tensor, "batch kv_heads rows dim"],
@@ -79,15 +79,24 @@ class Session:
         plan: how the document is split; the same on every host.
         host: this member of the group.
         trace: where to note times and kept indices.
+        on_layer: called with (layers done, layers in all) during the prefill.
     """
 
     def __init__(
-        self, model: Any, method: Method, plan: ContextPlan, host: Host, *, trace: Trace | None = None
+        self,
+        model: Any,
+        method: Method,
+        plan: ContextPlan,
+        host: Host,
+        *,
+        trace: Trace | None = None,
+        on_layer: Callable[[int, int], None] | None = None,
     ) -> None:
         register()
         model.set_attn_implementation(IMPLEMENTATION)
         self.model, self.method, self.plan, self.host = model, method, plan, host
         self.trace = trace or Trace()
+        self.on_layer = on_layer or (lambda done, total: None)
         self.tokens = 0
         """Positions used so far, on all hosts together."""
         self.keys: dict[int, Tensor] = {}
@@ -179,13 +188,12 @@ class Session:
     def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
         share, owns = self.plan.host(self.host.rank), self.host.rank == self.plan.owner
         if self._prefilling:
-            found = [self._projections.pop((layer, name), None) for name in "qkv"]
-            projections = Projections(q=found[0], k=found[1], v=found[2]) if None not in found else None
-            out = self.method.attend(
-                q, k, v, Context(self.plan, self.host, layer, scale, projections, self.trace)
-            )
+            found = {name: self._projections.pop((layer, name)) for name in "qkv" if (layer, name) in self._projections}
+            projections = Projections(**found) if found else None
+            out = self.method.attend(q, k, v, Context(self.plan, self.host, layer, scale, projections, self.trace))
             last = share.rows if owns else share.rows - share.query_rows
             self._append(layer, k[:, :, share.anchor_rows : last], v[:, :, share.anchor_rows : last])
+            self.on_layer(layer + 1, self.model.config.num_hidden_layers)
             return out
         if owns:
             self._append(layer, k, v)
@@ -208,7 +216,7 @@ class Session:
             cache[layer] = room[:, :, :stop]
 
     @contextmanager
-    def _capture_projections(self) -> Iterator[None]:
+    def _capture_projections(self) -> Generator[None]:
         """Note q, k and v before RoPE while the layers run, if the method reads them."""
         if "projections" not in self.method.needs:
             yield

@@ -108,4 +108,5 @@ def _convert(source: Path, target: Path) -> None:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.save_pretrained(target)
-    transformers.AutoTokenizer.from_pretrained(source, gguf_file=_GGUF).save_pretrained(target)
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(source, gguf_file=_GGUF)
+    tokenizer.save_pretrained(target)

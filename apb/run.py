@@ -22,6 +22,7 @@ from apb.prompt import build_prompt
 __all__ = ["HostKind", "HostReport", "Job", "Report", "run_job"]
 
 HostKind = Literal["auto", "processes", "threads", "simulated"]
+OnPhase = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,12 +74,12 @@ class Report:
     hosts: list[HostReport]
 
 
-def run_job(job: Job, *, on_phase: Callable[[str], None] | None = None, here: bool = False) -> Report | None:
+def run_job(job: Job, *, on_phase: OnPhase | None = None, here: bool = False) -> Report | None:
     """Run `job` on the ranks that torchrun started, or else on hosts started here.
 
     Args:
         job: what to run.
-        on_phase: called on rank 0 with the name of each phase as it starts; picklable if hosts are spawned.
+        on_phase: called on rank 0 with (phase, done, total), as in `generate`; picklable if hosts are spawned.
         here: start hosts in this process even under torchrun.
 
     Returns:
@@ -116,7 +117,7 @@ def run_job(job: Job, *, on_phase: Callable[[str], None] | None = None, here: bo
     )
 
 
-def _start_hosts(job: Job, on_phase: Callable[[str], None] | None) -> tuple[str, list[Any]]:
+def _start_hosts(job: Job, on_phase: OnPhase | None) -> tuple[str, list[Any]]:
     gpus, n = torch.cuda.device_count(), job.hosts
     if n < 1:
         raise ValueError(f"hosts: expected at least 1, got {n}")
@@ -132,20 +133,23 @@ def _start_hosts(job: Job, on_phase: Callable[[str], None] | None) -> tuple[str,
     model = _load(job, device) if n > 1 else None
     parts = run(n, _answer, job, on_phase, model, device=device, timeout_s=job.timeout_s)
     name = {"simulated": "simulated host", "threads": "thread"}[kind]
-    return f"{n} {name}{'s' * (n > 1)} on {device}", parts
+    return "this process" if n == 1 else f"{n} {name}s on {device}", parts
 
 
 def _load(job: Job, device: torch.device) -> Any:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # one for every host would be noise; `on_phase` says what goes on
     dtype = job.dtype if job.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
     return load_model(job.model, device=device, dtype=getattr(torch, dtype))
 
 
 def _answer(
-    host: Host, job: Job, on_phase: Callable[[str], None] | None = None, model: Any = None
+    host: Host, job: Job, on_phase: OnPhase | None = None, model: Any = None
 ) -> tuple[str, list[int], ContextPlan, str, HostReport]:
     """Do one host's share; the same on every host."""
-    tell = on_phase if host.rank == 0 and on_phase else lambda name: None
-    tell("load")
+    tell = on_phase if host.rank == 0 and on_phase else lambda name, done, total: None
+    tell("load", 0, 0)
     with host.together("load"):
         tokenizer = load_tokenizer(job.model)
         model = _load(job, host.device) if model is None else share_weights(model)

@@ -12,8 +12,10 @@ from apb.models import DEMO_MODEL
 
 __all__ = ["add_arguments", "hide_key", "run"]
 
-QUERY = "What is the special pass key for the palace mentioned in the provided text?"
-ANSWER_PREFIX = "The special pass key for the palace mentioned in the provided text is"
+# Worded as in RULER's needle tasks, which small models follow best.
+NEEDLE = "One of the special magic numbers for the pass key is: {key}"
+QUERY = "What is the special magic number for the pass key mentioned in the provided text?"
+ANSWER_PREFIX = "The special magic number for the pass key mentioned in the provided text is"
 _CHARACTERS = 16_800  # about 4000 tokens
 
 
@@ -31,7 +33,7 @@ def hide_key(seed: int) -> tuple[str, str, float]:
     text = files("apb").joinpath("data/esther.txt").read_text(encoding="utf-8")[:_CHARACTERS]
     sentences = text[: text.rindex(".")].split(". ")
     place = round(depth * len(sentences))
-    sentences.insert(place, f"One of the special pass keys for the palace is: {key}")
+    sentences.insert(place, NEEDLE.format(key=key))
     return ". ".join(sentences) + ".", key, depth
 
 

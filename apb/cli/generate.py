@@ -5,7 +5,7 @@ import json
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from apb.attend import Backend
 from apb.cli.progress import show_phase
@@ -65,10 +65,10 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def job_from(arguments: argparse.Namespace, **what: object) -> Job:
+def job_from(arguments: argparse.Namespace, **what: Any) -> Job:
     """Make a job of the host arguments and `what` else it needs."""
     where = ("hosts", "host_kind", "anchor", "passing", "compressor", "heads", "query_in", "layout", "backend")
-    return Job(**{name: getattr(arguments, name) for name in where}, timeout_s=arguments.timeout, **what)  # ty: ignore
+    return Job(**{name: getattr(arguments, name) for name in where}, timeout_s=arguments.timeout, **what)
 
 
 def run_and_compare(job: Job, *, compare: bool) -> list[Report]:
@@ -82,7 +82,7 @@ def run_and_compare(job: Job, *, compare: bool) -> list[Report]:
         exact = replace(job, method="flash", hosts=1, host_kind="threads")
         answer = run_job(exact, on_phase=show_phase, here=True)
         reports += [answer] if answer else []
-    show_phase("done")
+    show_phase("done", 0, 0)
     return reports
 
 
@@ -96,9 +96,7 @@ def describe(report: Report) -> str:
         f"{plan.tokens} document tokens, {report.wall_s:.1f} s in all",
     ]
     if not exact:
-        lines.append(
-            f"anchor {plan.anchor} + query {plan.query} tokens, passing {plan.passing}, {plan.layout}: {report.method}"
-        )
+        lines.append(f"{report.method}, question of {plan.query} tokens")
     rows = []
     for host in report.hosts:
         share = plan.host(host.rank)

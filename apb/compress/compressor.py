@@ -119,9 +119,7 @@ class Compressor(ABC):
                 )
             indices = select(self.pool(scores.float()), keep)
         else:
-            indices = repeat(
-                torch.arange(keep, device=candidates.k.device), "n -> b h n", b=batch, h=kv_heads
-            )
+            indices = repeat(torch.arange(keep, device=candidates.k.device), "n -> b h n", b=batch, h=kv_heads)
         return Kept(k=_gather(candidates.k, indices), v=_gather(candidates.v, indices), indices=indices)
 
 

@@ -14,9 +14,7 @@ Pool = Callable[[Float[Tensor, "batch heads tokens"]], Float[Tensor, "batch head
 
 def _check_kernel(kernel: int) -> None:
     if kernel < 1 or kernel % 2 == 0:
-        raise ValueError(
-            f"kernel: expected an odd number of tokens ≥ 1, so that the window is centred, got {kernel}"
-        )
+        raise ValueError(f"kernel: expected an odd number of tokens ≥ 1, so that the window is centred, got {kernel}")
 
 
 @dataclass(frozen=True, kw_only=True)

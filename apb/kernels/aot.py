@@ -2,7 +2,7 @@
 
 Spilled registers, too much shared memory and serialised tensor-core instructions are the three ways in which a
 kernel turns slow without turning wrong. All three are known at compile time, on any machine with Triton.
-Needs a process in which TRITON_INTERPRET is unset.
+`python -m apb.kernels.aot 90` prints them for every kernel. Needs a process in which TRITON_INTERPRET is unset.
 """
 
 import json
@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,15 @@ from triton.compiler import ASTSource
 
 from . import decode, masked_flash, merge
 
-__all__ = ["SHARED_BYTES_LIMIT", "Report", "compile_kernel", "report_decode", "report_masked_flash", "report_merge"]
+__all__ = [
+    "SHARED_BYTES_LIMIT",
+    "Report",
+    "all_reports",
+    "compile_kernel",
+    "report_decode",
+    "report_masked_flash",
+    "report_merge",
+]
 
 SHARED_BYTES_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Shared memory that one program may take, by compute capability × 10."""
@@ -117,11 +125,9 @@ def _assemble(ptx: str, capability: int, shared_bytes: int) -> Report:
     )
 
 
-def report_masked_flash(
-    dtype: torch.dtype, dim: int, capability: int, tiles: masked_flash.Tiles | None = None
-) -> Report:
-    """Compile the masked attention kernel with its table's tiles, or others."""
-    tiles = tiles or masked_flash.choose_tiles(dtype, dim, divmod(capability, 10))
+def report_masked_flash(dtype: torch.dtype, dim: int, capability: int, *, tma: bool) -> Report:
+    """Compile the masked attention kernel with its table's tiles, for keys and values that TMA can read or cannot."""
+    tiles = masked_flash.choose_tiles(dtype, dim, divmod(capability, 10), tma=tma)
     name, block_d = _TRITON_NAME[dtype], triton.next_power_of_2(dim)
     types = {x: f"*{name}" for x in ("q", "k", "v", "out")} | {"lse": "*fp32", "scale_log2": "fp32"}
     if tiles.tma:
@@ -157,30 +163,24 @@ def report_merge(dim: int, capability: int) -> Report:
 _TRITON_NAME = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
-def main(capabilities: list[int]) -> None:
-    """Print, as lines of JSON, the report of every kernel for the given capabilities."""
-    for capability in capabilities:
-        for dtype, dims in ((torch.bfloat16, (64, 96, 128, 256)), (torch.float32, (64, 128, 256))):
-            for dim in dims:
-                reports = {"masked_flash": report_masked_flash(dtype, dim, capability)}
-                for packed_rows in (16, 64):
-                    reports[f"decode {packed_rows}"] = report_decode(dtype, dim, packed_rows, capability)
-                for kernel, report in reports.items():
-                    print(
-                        json.dumps(
-                            {"kernel": kernel, "dtype": str(dtype), "dim": dim, "capability": capability}
-                            | asdict(report)
-                        ),
-                        flush=True,
-                    )
-        print(
-            json.dumps(
-                {"kernel": "merge", "dtype": "torch.float32", "dim": 128, "capability": capability}
-                | asdict(report_merge(128, capability))
-            ),
-            flush=True,
-        )
+def all_reports(capability: int) -> Iterator[dict[str, Any]]:
+    """Compile every kernel with each of its tiles for one capability; yield what it is and its report."""
+    for dtype, dims in ((torch.bfloat16, (64, 128, 256)), (torch.float32, (128, 256))):
+        for dim in dims:
+            reports = {}
+            for tma in (False, True) if dtype == torch.bfloat16 and capability >= 90 else (False,):
+                name = "masked_flash" + (" tma" if tma else "")
+                reports[name] = report_masked_flash(dtype, dim, capability, tma=tma)
+            for packed_rows in (16, 64) if dtype == torch.bfloat16 else (16,):
+                reports[f"decode {packed_rows} rows"] = report_decode(dtype, dim, packed_rows, capability)
+            for name, report in reports.items():
+                what = {"kernel": name, "dtype": _TRITON_NAME[dtype], "dim": dim, "capability": capability}
+                yield what | asdict(report)
+    what = {"kernel": "merge", "dtype": "fp32", "dim": 128, "capability": capability}
+    yield what | asdict(report_merge(128, capability))
 
 
-if __name__ == "__main__":
-    main([int(argument) for argument in sys.argv[1:]] or list(SHARED_BYTES_LIMIT))
+if __name__ == "__main__":  # one line of JSON a report
+    for argument in sys.argv[1:] or SHARED_BYTES_LIMIT:
+        for line in all_reports(int(argument)):
+            print(json.dumps(line), flush=True)

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-__all__ = ["Tiles", "choose_tiles", "launch", "masked_flash", "masked_flash_kernel"]
+__all__ = ["Tiles", "choose_tiles", "launch", "masked_flash", "masked_flash_kernel", "tma_can_read"]
 
 
 class Tiles(NamedTuple):
@@ -38,14 +38,16 @@ class Tiles(NamedTuple):
     tma: bool = False
 
 
-def choose_tiles(dtype: torch.dtype, dim: int, capability: tuple[int, int]) -> Tiles:
-    """Look up the tiles for a dtype, head dim and compute capability (measured where the ledger says so)."""
+def choose_tiles(dtype: torch.dtype, dim: int, capability: tuple[int, int], *, tma: bool) -> Tiles:
+    """Look up the tiles for a dtype, head dim, compute capability, and whether TMA can read the keys and values."""
     wide = dim > 128
     if dtype == torch.float32:  # no tensor cores in full float32: small tiles
         return Tiles(16, 16, 8, 1, 1) if wide else Tiles(32, 32, 8, 1, 1)
-    if capability[0] >= 9:
-        return Tiles(128, 64, 8, 2, 1, True) if wide else Tiles(128, 128, 8, 2, 1, True)
-    return Tiles(64, 32, 8, 2, 2) if wide else Tiles(128, 64, 8, 3, 3)
+    if capability[0] < 9:
+        return Tiles(64, 32, 8, 2, 2) if wide else Tiles(128, 64, 8, 3, 3)
+    if tma:
+        return Tiles(128, 32, 8, 3, 1, True) if wide else Tiles(128, 128, 8, 3, 1, True)
+    return Tiles(128, 32, 8, 2, 1) if wide else Tiles(128, 64, 8, 3, 1)
 
 
 @triton.jit
@@ -55,8 +57,8 @@ def load_tile(source, batch, head, start, hi, stride_n, stride_d, D: tl.constexp
     if TMA:
         tile = source.load([batch, head, start, 0]).reshape(BLOCK_N, BLOCK_D)
     else:
-        rows = tl.arange(0, BLOCK_N)[:, None]
-        dims = tl.arange(0, BLOCK_D)[None, :]
+        rows = tl.arange(0, BLOCK_N)[:, None].to(tl.int64)
+        dims = tl.arange(0, BLOCK_D)[None, :].to(tl.int64)
         pointers = source + tl.cast(start, tl.int64) * stride_n + (rows * stride_n + dims * stride_d)
         if MASKED:
             tile = tl.load(pointers, mask=(start + rows < hi) & (dims < D), other=0.0)
@@ -74,6 +76,7 @@ def sweep(acc, peak, total, q, k, v, batch, head, lo, hi, limit, stride_kn, stri
     """Take the keys [lo, hi) into the online softmax: per row the peak score, Σ 2^(score − peak) and Σ of those · v."""
     for start in tl.range(lo, hi, BLOCK_N, num_stages=STAGES):
         k_tile = load_tile(k, batch, head, start, hi, stride_kn, stride_kd, D, BLOCK_N, BLOCK_D, MASKED, TMA)
+        v_tile = load_tile(v, batch, head, start, hi, stride_vn, stride_vd, D, BLOCK_N, BLOCK_D, MASKED, TMA)
         scores = tl.dot(q, k_tile.T, input_precision="ieee")
         if MASKED:
             columns = start + tl.arange(0, BLOCK_N)
@@ -84,7 +87,6 @@ def sweep(acc, peak, total, q, k, v, batch, head, lo, hi, limit, stride_kn, stri
         decay = tl.exp2(peak - new_peak)
         total = total * decay + tl.sum(weights, 1)
         acc = acc * decay[:, None]
-        v_tile = load_tile(v, batch, head, start, hi, stride_vn, stride_vd, D, BLOCK_N, BLOCK_D, MASKED, TMA)
         acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc, input_precision="ieee")
         peak = new_peak
     return acc, peak, total
@@ -117,10 +119,10 @@ def masked_flash_kernel(
         first, end, shift = anchor_rows + (tile - anchor_tiles) * BLOCK_M, rows, columns - rows
 
     row = first + tl.arange(0, BLOCK_M)
-    dims = tl.arange(0, BLOCK_D)
+    dims = tl.arange(0, BLOCK_D).to(tl.int64)
     inside = (row < end)[:, None] & (dims < D)[None, :]
     q += batch.to(tl.int64) * stride_qb + q_head.to(tl.int64) * stride_qh + first.to(tl.int64) * stride_qn
-    local = tl.arange(0, BLOCK_M)[:, None]
+    local = tl.arange(0, BLOCK_M)[:, None].to(tl.int64)
     q_tile = tl.load(q + (local * stride_qn + dims[None, :] * stride_qd), mask=inside, other=0.0)
     if not TMA:
         k += batch.to(tl.int64) * stride_kb + kv_head.to(tl.int64) * stride_kh
@@ -132,12 +134,14 @@ def masked_flash_kernel(
     limit = row + shift  # the last column that each row sees
     full = (first + shift + 1) // BLOCK_N * BLOCK_N  # the columns before it are seen by every row
     hi = tl.minimum(first + BLOCK_M, end) + shift
-    acc, peak, total = sweep(acc, peak, total, q_tile, k, v, batch, kv_head, 0, full, limit, stride_kn, stride_kd,
-                             stride_vn, stride_vd, scale_log2, D, BLOCK_N, BLOCK_D, False, TMA, STAGES)  # fmt: skip
+    acc, peak, total = sweep(acc, peak, total, q_tile, k, v, batch, kv_head, 0, full, limit,
+                             stride_kn, stride_kd, stride_vn, stride_vd, scale_log2,
+                             D, BLOCK_N, BLOCK_D, False, TMA, STAGES)  # fmt: skip
     # A second loop, not one straight-line step: that would make ptxas wait for every wgmma in turn. On sm_90 a
     # pipelined second loop of pointer loads does too, hence its own number of stages.
-    acc, peak, total = sweep(acc, peak, total, q_tile, k, v, batch, kv_head, full, hi, limit, stride_kn, stride_kd,
-                             stride_vn, stride_vd, scale_log2, D, BLOCK_N, BLOCK_D, True, TMA, DIAGONAL_STAGES)  # fmt: skip
+    acc, peak, total = sweep(acc, peak, total, q_tile, k, v, batch, kv_head, full, hi, limit,
+                             stride_kn, stride_kd, stride_vn, stride_vd, scale_log2,
+                             D, BLOCK_N, BLOCK_D, True, TMA, DIAGONAL_STAGES)  # fmt: skip
 
     acc = acc / total[:, None]
     out += batch.to(tl.int64) * stride_ob + q_head.to(tl.int64) * stride_oh + first.to(tl.int64) * stride_on
@@ -149,16 +153,15 @@ def masked_flash_kernel(
 def launch(
     q: Tensor, k: Tensor, v: Tensor, anchor_tokens: int, passing_tokens: int, scale: float, tiles: Tiles
 ) -> tuple[Tensor, Tensor]:
-    """Run the kernel with the given tiles; pointers take over where TMA cannot read the strides."""
+    """Run the kernel with the given tiles; `tiles.tma` needs keys and values that `tma_can_read`."""
     batch, q_heads, rows, dim = q.shape
     kv_heads, columns = k.shape[1], k.shape[2]
     anchor_rows = max(0, rows - (columns - anchor_tokens - passing_tokens))
     out = torch.empty_like(q)
     lse = torch.empty((batch, q_heads, rows), dtype=torch.float32, device=q.device)
     block_d = triton.next_power_of_2(dim)
-    tma = tiles.tma and _tma_can_read(k) and _tma_can_read(v)
     keys, values = k, v
-    if tma:
+    if tiles.tma:
         box = [1, 1, tiles.block_n, block_d]
         keys, values = (TensorDescriptor(x, list(x.shape), list(x.stride()), box) for x in (k, v))
     row_tiles = triton.cdiv(anchor_rows, tiles.block_m) + triton.cdiv(rows - anchor_rows, tiles.block_m)
@@ -167,7 +170,7 @@ def launch(
             q, keys, values, out, lse, scale * math.log2(math.e),
             rows, columns, anchor_tokens, anchor_rows, kv_heads, q_heads // kv_heads,
             *q.stride(), *k.stride(), *v.stride(), *out.stride(),
-            D=dim, BLOCK_D=block_d, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, TMA=tma,
+            D=dim, BLOCK_D=block_d, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, TMA=tiles.tma,
             STAGES=tiles.stages, DIAGONAL_STAGES=tiles.diagonal_stages, num_warps=tiles.warps,
         )  # fmt: skip
     return out, lse
@@ -178,7 +181,8 @@ def _masked_flash(
     q: Tensor, k: Tensor, v: Tensor, anchor_tokens: int, passing_tokens: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (0, 0)
-    return launch(q, k, v, anchor_tokens, passing_tokens, scale, choose_tiles(q.dtype, q.shape[-1], capability))
+    tiles = choose_tiles(q.dtype, q.shape[-1], capability, tma=tma_can_read(k) and tma_can_read(v))
+    return launch(q, k, v, anchor_tokens, passing_tokens, scale, tiles)
 
 
 @_masked_flash.register_fake
@@ -193,7 +197,7 @@ def masked_flash(
     return _masked_flash(q, k, v, anchor_tokens, passing_tokens, scale)
 
 
-def _tma_can_read(x: Tensor) -> bool:
+def tma_can_read(x: Tensor) -> bool:
     """Say whether a tensor map can describe x: last stride 1, base and other strides of whole 16 bytes, not 0."""
     steps = [stride * x.element_size() for stride in x.stride()[:-1]]
     return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(step > 0 and step % 16 == 0 for step in steps)

@@ -111,7 +111,9 @@ class APB:
             with trace.phase("pass"):
                 kp, vp = passing.wait(block)
             seen = share.anchor_rows if block.sees_anchor else 0
-            first = 0 if seen and slot == 0 else span.start  # the anchor's rows ride with the first block that sees them
+            first = (
+                0 if seen and slot == 0 else span.start
+            )  # the anchor's rows ride with the first block that sees them
             keys = torch.cat((k[:, :, :seen], kp, k[:, :, span]), dim=2)
             values = torch.cat((v[:, :, :seen], vp, v[:, :, span]), dim=2)
             outs.append(self._masked(q[:, :, first : span.stop], keys, values, seen, kp.shape[2], context))
@@ -135,7 +137,9 @@ class APB:
             query = q[:, :, -share.query_rows :]
         elif "query" in self.needs and plan.query and share.anchor_rows:
             query = q[:, :, plan.query_offset : plan.query_offset + plan.query]
-        everything = [gather_document(x, plan, host) for x in (q, k)] if "document" in self.needs else []
+        everything = {}
+        if "document" in self.needs:
+            everything = {"q": gather_document(q, plan, host), "k": gather_document(k, plan, host)}
         found = []
         for block, span in zip(share.blocks, share.block_spans, strict=True):
             # The last block passes nothing on; the first leaves out what later blocks see as anchor.
@@ -150,7 +154,7 @@ class APB:
                     block=block.index,
                     query=query,
                     projections=p and Projections(q=p.q[:, :, rows], k=p.k[:, :, rows], v=p.v[:, :, rows]),
-                    document=Document(*everything, start=block.start + block.skipped, later=block.stop)
+                    document=Document(**everything, start=block.start + block.skipped, later=block.stop)
                     if everything
                     else None,
                 )

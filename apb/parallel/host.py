@@ -6,7 +6,7 @@ interface — `ProcessGroupHost` (torch.distributed), `ThreadHost` (threads in o
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -62,6 +62,8 @@ class Handle(Generic[T]):
 class Host(ABC):
     """One member of the sequence-parallel group.
 
+    Failure is final: after one `HostFailed`, every later collective on the same host fails too.
+
     Attributes:
         rank: number of this host, 0 ≤ rank < world_size.
         world_size: number of hosts in the group.
@@ -95,7 +97,10 @@ class Host(ABC):
 
     @abstractmethod
     def all_gather_object(self, value: Any, *, what: str) -> list[Any]:
-        """Return every host's `value` (plain data: str, int, dict, list …) in rank order. Not counted."""
+        """Return every host's `value` in rank order. Not counted.
+
+        Values travel as JSON: str, int, float, None, list and dict; tuples come back as lists, int keys as str.
+        """
 
     @abstractmethod
     def announce(self, error: BaseException) -> None:
@@ -115,7 +120,7 @@ class Host(ABC):
             raise PlanMismatch(f"{what}: the {self.world_size} hosts must hold the same value, but {parts}")
 
     @contextmanager
-    def together(self, what: str) -> Iterator[None]:
+    def together(self, what: str) -> Generator[None]:
         """Run a step that may fail on one host only, such that all hosts fail alike or none does.
 
         The body must use no collective. If it raises anywhere, the host that raised re-raises its own error and
