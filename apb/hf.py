@@ -129,10 +129,8 @@ class Session:
         ids = self.plan.host_rows(self.host.rank, document, query).to(self.host.device)
         self._prefilling = True
         with self._capture_projections():
-            if share.rows:
-                hidden = self._run(ids, self.plan.positions(self.host.rank))
-            else:
-                hidden = self._keep_up(len(ids))
+            positions = self.plan.positions(self.host.rank)
+            hidden = self._run(ids, positions) if share.rows else self._keep_up(len(ids))
         self._prefilling = False
         self.tokens = self.plan.tokens + share.query_rows
         return hidden

@@ -10,7 +10,7 @@ from apb.attend import masked_attention
 from apb.reference import apb_mask
 
 pytest.importorskip("triton")
-from apb.kernels.masked_flash import Tiles, choose_tiles, launch
+from apb.kernels.masked_flash import Tiles, choose_tiles, launch, tma_can_read
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs under the interpreter; see tests/gpu")
 
@@ -26,13 +26,15 @@ TILES = st.builds(
 
 
 @given(seed=SEEDS, heads=HEADS, lengths=st.tuples(LENGTHS, LENGTHS, LENGTHS), missing=LENGTHS, tiles=TILES,
-       dim=st.sampled_from([16, 64, 80]), dtype=st.sampled_from([torch.float32, torch.float16]), layout=LAYOUTS)  # fmt: skip
+       dim=st.sampled_from([16, 64, 80]), dtype=st.sampled_from([torch.float32, torch.float16]),
+       layout=LAYOUTS)  # fmt: skip
 def test_equals_the_oracle(seed, heads, lengths, missing, tiles, dim, dtype, layout):
     anchor, passing, block = lengths
     rows = anchor + block - missing
     if rows <= 0:
         return
     q, k, v = draw_inputs(seed, heads, rows, sum(lengths), dim, dtype, layout)
+    tiles = tiles._replace(tma=tiles.tma and tma_can_read(k) and tma_can_read(v))
     out, lse = launch(q, k, v, anchor, passing, dim**-0.5, tiles)
     assert_attention(out, lse, q, k, v, apb_mask(rows, sum(lengths), anchor, passing))
 
@@ -65,8 +67,9 @@ def test_a_nan_value_stays_within_its_tile():
 def test_expanded_heads_need_no_copy():
     q, k, v = draw_inputs(1, (1, 1, 4), 33, 40, 64, torch.float32)
     one = launch(q, k, v, 10, 7, 0.125, Tiles(16, 32, 4, 2, 1, True))
-    expanded = (x.expand(-1, 4, -1, -1) for x in (k, v))
-    four = launch(q, *expanded, 10, 7, 0.125, Tiles(16, 32, 4, 2, 1, True))
+    expanded = [x.expand(-1, 4, -1, -1) for x in (k, v)]
+    assert tma_can_read(k) and not tma_can_read(expanded[0])
+    four = launch(q, *expanded, 10, 7, 0.125, Tiles(16, 32, 4, 2, 1))
     assert all(torch.equal(x, y) for x, y in zip(one, four, strict=True))
 
 
@@ -105,5 +108,5 @@ def test_tiles_are_powers_of_two():
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for dim in range(16, 257, 16):
             for capability in ((8, 0), (9, 0), (10, 0)):
-                tiles = choose_tiles(dtype, dim, capability)
+                tiles = choose_tiles(dtype, dim, capability, tma=True)
                 assert all(x & (x - 1) == 0 and x >= 16 for x in tiles[:2])

@@ -95,9 +95,9 @@ print(f"rank 2 runs: {words(rows[2])}\nat positions {positions[2].tolist()}\n")
 print(plan)
 
 # %% [markdown]
-# Read the last two columns together: every block *passes on* 3 tokens, and rank r *receives* what all earlier blocks
-# passed on. Two blocks pass on nothing special: the last one passes on 0, because nobody comes after it; and the first
-# one never passes on its first l_a tokens (`skipped`), because everybody sees those as anchor.
+# Read the last two columns together: a block *passes on* up to 3 tokens, and rank r *receives* what all earlier blocks
+# passed on. Two blocks are special. The last one passes on nothing, because nobody comes after it. The first one never
+# passes on its first l_a tokens (`skipped` in the plan), because every later host sees those as anchor.
 #
 # ## Who sees what
 #

@@ -40,7 +40,7 @@ k, v = (torch.randn(batch, kv_heads, tokens, dim) for _ in range(2))
 # A needle: the key of token 40 points where the question looks, in both KV heads.
 NEEDLE = 40
 look = reduce(query, "b (h g) l d -> b h d", "mean", h=kv_heads)
-k[:, :, NEEDLE] = 6 * look / look.norm(dim=-1, keepdim=True)
+k[:, :, NEEDLE] = 12 * look / look.norm(dim=-1, keepdim=True)
 
 # %% [markdown]
 # ## Score

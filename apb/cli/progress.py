@@ -17,17 +17,14 @@ _TEXT = {
 
 
 def show_phase(name: str, done: int, total: int) -> None:
-    """Print the phase that begins and the time since the program started; redraw the line as its layers are done.
+    """Print the phase that begins and the time since the program started; then its layers as they are done.
 
-    Where standard error is not a terminal, only every quarter is printed.
+    A terminal's line is redrawn; elsewhere every quarter is printed.
     """
     terminal = sys.stderr.isatty()
     if total and not terminal and done * 4 // total == (done - 1) * 4 // total:
         return
-    line = f"  {time.monotonic() - _START:6.1f} s  {_TEXT.get(name, name)}"
-    if total:
-        line += f", layer {done} of {total}"
-    redrawn = terminal and total and done < total
-    start = "\r" if terminal else ""
-    print(f"{start}{line}", end="" if redrawn or (terminal and not total and name == "prefill") else "\n",
-          file=sys.stderr, flush=True)  # fmt: skip
+    layers = f", layer {done} of {total}" if total else ""
+    again = "\x1b[1A\x1b[2K" if terminal and total else ""  # up one line, and clear it
+    elapsed = time.monotonic() - _START
+    print(f"{again}  {elapsed:6.1f} s  {_TEXT.get(name, name)}{layers}", file=sys.stderr, flush=True)

@@ -86,6 +86,8 @@ def test_merge(dtype):
 
 def test_operators():
     q, k, v = draw_inputs(3, (1, 2, 2), 90, 120, 64, torch.float16, "tokens_first", device="cuda")
+    decode_attention(q, k, v, causal=True), merge(torch.stack((q, q)), torch.zeros(2, *q.shape[:-1], device="cuda"))
+    masked_attention(q, k, v, anchor_tokens=40, passing_tokens=30)  # the kernels are imported where they are used
     torch.library.opcheck(torch.ops.apb.masked_flash.default, (q, k, v, 40, 30, 0.125))
     torch.library.opcheck(torch.ops.apb.split_kv_decode.default, (q, k, v, True, 0.125))
     partials = torch.randn(2, 1, 2, 9, 16, device="cuda"), torch.randn(2, 1, 2, 9, device="cuda")
@@ -108,14 +110,13 @@ def test_compiled_with_changing_lengths():
 
 @pytest.mark.parametrize("layout", ["tma", "pointers"])
 def test_offsets_beyond_two_to_the_31(layout):
-    """5 tokens whose head lies 2^31 elements after the first, and tokens 2^22 apart: 4 GiB of half precision each."""
-    apart = 2**22
-    tokens = 700
-    store = torch.empty(tokens * apart // 1 + 128, dtype=torch.float16, device="cuda")
+    """Tokens 2^22 elements apart, so that the last lie beyond 2^31."""
+    apart, tokens = 2**22, 700
+    store = torch.empty(tokens * apart, dtype=torch.float16, device="cuda")
     small_q, small_k, small_v = draw_inputs(1, (1, 1, 1), tokens, tokens, 64, torch.float16, device="cuda")
     step = 1 if layout == "tma" else 2
-    k = store[: tokens * apart].as_strided((1, 1, tokens, 64), (tokens * apart, tokens * apart, apart, step))
-    v = store[: tokens * apart].as_strided((1, 1, tokens, 64), (tokens * apart, tokens * apart, apart, step), 2**20)
+    k = store.as_strided((1, 1, tokens, 64), (tokens * apart, tokens * apart, apart, step))
+    v = store.as_strided((1, 1, tokens, 64), (tokens * apart, tokens * apart, apart, step), 2**20)
     k.copy_(small_k)
     v.copy_(small_v)
     assert (tokens - 1) * apart > 2**31
