@@ -154,7 +154,7 @@ def _answer(
         tokenizer = load_tokenizer(job.model)
         model = _load(job, host.device) if model is None else share_weights(model)
         prompt = build_prompt(tokenizer, job.document, job.query, answer_prefix=job.answer_prefix)
-        method = _method(job, prompt, model)
+        method = _method(job, prompt, model, host.world_size)
     stop = model.generation_config.eos_token_id
     result: Generation = generate(
         model,
@@ -180,13 +180,13 @@ def _answer(
     return text.strip(), tokens, result.plan, repr(method), report
 
 
-def _method(job: Job, prompt: Prompt, model: Any) -> Method:
+def _method(job: Job, prompt: Prompt, model: Any, hosts: int) -> Method:
     if job.method == "flash":
         return Flash(backend=job.backend)
-    block = -(-prompt.document.shape[-1] // (job.hosts * (2 if job.layout == "zigzag" else 1)))
+    block = -(-prompt.document.shape[-1] // (hosts * (2 if job.layout == "zigzag" else 1)))
     anchor = max(block // 4, prompt.prefix_tokens) if job.anchor is None else job.anchor
     return APB(
-        anchor=anchor if job.hosts > 1 else 0,
+        anchor=anchor if hosts > 1 else 0,
         passing=block // 8 if job.passing is None else job.passing,
         compressor=_compressor(job, model),
         query_in=job.query_in,

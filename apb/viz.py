@@ -83,7 +83,7 @@ def picture(plan: ContextPlan, path: str | Path, *, progress: Callable[[str], No
         if progress:
             progress(f"mask of block {block.index}")
         axes = figure.add_subplot(grid[1 + place // columns, place % columns])
-        axes.imshow(_mask_image(plan, block), interpolation="nearest", aspect="auto")
+        axes.imshow(_mask_image(plan, block).numpy(), interpolation="nearest", aspect="auto")
         axes.set_title(f"host {block.rank}, block {block.index}", fontsize=9)
         axes.set_xticks([])
         axes.set_yticks([])

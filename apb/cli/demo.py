@@ -13,7 +13,7 @@ from apb.models import DEMO_MODEL
 __all__ = ["add_arguments", "hide_key", "run"]
 
 # Worded as in RULER's needle tasks, which small models follow best.
-NEEDLE = "One of the special magic numbers for the pass key is: {key}"
+NEEDLE = "One of the special magic numbers for the pass key is: {key}."
 QUERY = "What is the special magic number for the pass key mentioned in the provided text?"
 ANSWER_PREFIX = "The special magic number for the pass key mentioned in the provided text is"
 _CHARACTERS = 16_800  # about 4000 tokens
@@ -31,10 +31,9 @@ def hide_key(seed: int) -> tuple[str, str, float]:
     draw = random.Random(seed)
     key, depth = str(draw.randrange(10_000, 100_000)), draw.uniform(0.1, 0.9)
     text = files("apb").joinpath("data/esther.txt").read_text(encoding="utf-8")[:_CHARACTERS]
-    sentences = text[: text.rindex(".")].split(". ")
-    place = round(depth * len(sentences))
-    sentences.insert(place, NEEDLE.format(key=key))
-    return ". ".join(sentences) + ".", key, depth
+    text = text[: text.rindex(".") + 1]
+    cut = text.index(". ", int(depth * len(text))) + 2
+    return f"{text[:cut]}{NEEDLE.format(key=key)} {text[cut:]}", key, depth
 
 
 def run(arguments: argparse.Namespace) -> int:

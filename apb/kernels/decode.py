@@ -115,9 +115,9 @@ def choose_tiles(dtype: torch.dtype, dim: int, packed_rows: int) -> Tiles:
 
 
 def choose_splits(programs: int, columns: int, block_n: int, processors: int) -> tuple[int, int]:
-    """Return (splits, keys of each): two programs per multiprocessor, each at least four blocks long."""
+    """Return (splits, keys of each): one program per multiprocessor, each at least four blocks long."""
     blocks = triton.cdiv(columns, block_n)
-    wanted = max(1, min(2 * processors // programs, blocks // 4))
+    wanted = max(1, min(processors // programs, blocks // 4))
     split_blocks = triton.cdiv(blocks, wanted)
     return triton.cdiv(blocks, split_blocks), split_blocks * block_n
 

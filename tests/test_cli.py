@@ -1,0 +1,110 @@
+"""The commands as a user calls them, on a tiny model in a real directory."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from apb.cli import main
+from apb.cli.demo import hide_key
+from apb.costs import LLAMA_3_1_8B, host_cost
+from apb.plan import plan_context
+from apb.testing.tiny import tiny_model
+
+TEXT = "the quick brown fox jumps over the lazy dog and the key is red . " * 4
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    """Return a directory with a tiny Llama of 4 layers and a tokenizer of one token a word."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    path = tmp_path_factory.mktemp("tiny")
+    words = ["<unk>", *sorted(set((TEXT + " what is it ?").split()))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(path)
+    tiny_model(vocab_size=len(words)).save_pretrained(path)
+    (path / "document.txt").write_text(TEXT)
+    return path
+
+
+def generate(model_dir, *more):
+    return ["generate", "--model", str(model_dir), "--document", str(model_dir / "document.txt"),
+            "--query", "what is it ?", "--max-new-tokens", "5", "--json", *more]  # fmt: skip
+
+
+def tokens(capsys):
+    return [report["tokens"] for report in json.loads(capsys.readouterr().out)]
+
+
+def test_plan_prints_counts_and_writes_pictures(capsys, tmp_path):
+    arguments = ["plan", "--tokens", "1000", "--hosts", "4", "--anchor", "50", "--passing", "20", "--query-tokens", "7"]
+    for name in ("plan.svg", "plan.png"):
+        assert main([*arguments, "--picture", str(tmp_path / name)]) == 0
+        assert (tmp_path / name).stat().st_size > 1000
+    printed = capsys.readouterr().out
+    plan = plan_context(tokens=1000, hosts=4, anchor=50, passing=20, query=7)
+    assert "[750, 1000)" in printed and "A anchor" in printed
+    assert all(f"{host_cost(plan, rank, LLAMA_3_1_8B).pairs:,}" in printed for rank in range(4))
+    assert main([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["blocks"][3]["passing_tokens"] == 60
+
+
+def test_generate_gives_the_same_tokens_on_every_kind_of_host(capsys, model_dir):
+    found = []
+    for kind in ("processes", "threads", "simulated"):
+        assert main(generate(model_dir, "--hosts", "3", "--host-kind", kind)) == 0
+        found += tokens(capsys)
+    assert found[0] == found[1] == found[2]
+
+
+def test_generate_with_everything_passed_equals_exact_attention(capsys, model_dir):
+    full = ("--anchor", "0", "--passing", "100", "--compressor", "key-norm", "--host-kind", "threads")
+    assert main(generate(model_dir, "--hosts", "3", *full, "--compare-exact")) == 0
+    split, exact = tokens(capsys)
+    assert split == exact
+
+
+def test_torchrun_ranks_are_the_hosts(capsys, model_dir):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "apb"]
+    done = subprocess.run([*command, *generate(model_dir)], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert main(generate(model_dir, "--hosts", "2", "--host-kind", "threads")) == 0
+    assert [report["tokens"] for report in json.loads(done.stdout)] == tokens(capsys)
+
+
+def test_doctor_says_what_runs(capsys):
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    assert f"torch {torch.__version__}" in printed and "NCCL" in printed
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (("--model", "/nowhere"), "nothing loadable at '/nowhere'"),
+        (("--document", "/nowhere.txt"), "/nowhere.txt"),
+        (("--query", " "), "query: expected some text"),
+        (("--hosts", "0"), "hosts: expected at least 1"),
+        (("--hosts", "3", "--anchor", "1000"), "anchor: 1000 tokens reach into the second block"),
+        (("--hosts", "3", "--passing", "-1"), "passing: expected an integer ≥ 0, got -1"),
+        (("--hosts", "2", "--compressor", "retaining-head"), "give its file with --heads"),
+        (("--max-new-tokens", "0"), "max_new_tokens: expected at least 1"),
+    ],
+)
+def test_bad_input_is_one_line_that_says_what_was_wrong(capsys, model_dir, change, said):
+    assert main(generate(model_dir, "--host-kind", "threads", *change)) in (1, 2)
+    printed = capsys.readouterr()
+    last = printed.err.strip().splitlines()[-1]
+    assert said in last and last.startswith("apb generate:") and not printed.out
+
+
+def test_the_demo_hides_one_key_somewhere_in_the_text():
+    for seed in range(20):
+        document, key, depth = hide_key(seed)
+        assert document.count(key) == 1 and len(key) == 5
+        assert abs(document.index(key) / len(document) - depth) < 0.03
