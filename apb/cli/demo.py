@@ -29,11 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def hide_key(seed: int) -> tuple[str, str, float]:
     """Return the document, its five-digit key, and the key's depth (0 is the start, 1 the end)."""
     draw = random.Random(seed)
-    key, depth = str(draw.randrange(10_000, 100_000)), draw.uniform(0.1, 0.9)
+    key, about = str(draw.randrange(10_000, 100_000)), draw.uniform(0.1, 0.9)
     text = files("apb").joinpath("data/esther.txt").read_text(encoding="utf-8")[:_CHARACTERS]
     text = text[: text.rindex(".") + 1]
-    cut = text.index(". ", int(depth * len(text))) + 2
-    return f"{text[:cut]}{NEEDLE.format(key=key)} {text[cut:]}", key, depth
+    cut = text.index(". ", int(about * len(text))) + 2
+    return f"{text[:cut]}{NEEDLE.format(key=key)} {text[cut:]}", key, cut / len(text)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -146,7 +146,8 @@ def report_decode(dtype: torch.dtype, dim: int, packed_rows: int, capability: in
     name = _TRITON_NAME[dtype]
     types = {x: f"*{name}" for x in ("q", "k", "v")} | {"outs": "*fp32", "lses": "*fp32", "scale_log2": "fp32"}
     constants = {f"stride_{x}d": 1 for x in "qkvo"} | {
-        "D": dim, "BLOCK_D": triton.next_power_of_2(dim), "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "CAUSAL": True,
+        "D": dim, "BLOCK_D": triton.next_power_of_2(dim), "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n,
+        "CAUSAL": True,
     }  # fmt: skip
     kernel = decode.split_kv_decode_kernel
     return compile_kernel(kernel, types, constants, capability=capability, warps=tiles.warps, stages=tiles.stages)

@@ -52,7 +52,7 @@ def choose_tiles(dtype: torch.dtype, dim: int, capability: tuple[int, int], *, t
         return Tiles(128, 32, 8, 2, 1) if wide else Tiles(128, 64, 8, 3, 1)
     if dim <= 64:
         return Tiles(128, 64, 8, 4, 1, True)
-    return Tiles(128, 64, 8, 2, 1, True) if wide else Tiles(128, 128, 8, 3, 1, True)
+    return Tiles(128, 64, 8, 2, 2, True) if wide else Tiles(128, 128, 8, 3, 1, True)
 
 
 @triton.jit
