@@ -260,7 +260,7 @@ def plan_context(
         anchor: l_a, document tokens in the anchor, 0 ≤ l_a ≤ block_tokens; 0 is no anchor, so no query in it either.
         passing: l_p ≥ 0, the most tokens each block passes on.
         query: l_q ≥ 0, query tokens. 0 gives a query-free plan, whose caches serve any question.
-        query_offset: s, document tokens before the query in the anchor, 0 ≤ s ≤ l_a.
+        query_offset: s, document tokens before the query in the anchor, 0 ≤ s ≤ l_a; without a query there, ignored.
         query_in: "anchor" embeds the query in the anchor (APB); "prefill" lets it run along behind every host's
             block (Spava), so that compressors can read its vectors while the prefill is under way.
         anchor_on_first: let the host of the first block run the anchor's rows too, without attending to them; for
@@ -302,8 +302,11 @@ def plan_context(
             f"anchor: {anchor} tokens reach into the second block, whose tokens would be seen twice; expected at "
             f"most block_tokens = {plan.block_tokens}. Use a shorter anchor or fewer hosts"
         )
-    if query_offset > anchor:
-        raise ValueError(f"query_offset: expected at most anchor = {anchor}, got {query_offset}")
+    if plan.anchor_rows > anchor and query_offset > anchor:
+        raise ValueError(
+            f"query_offset: the query follows {query_offset} document tokens in the anchor, which has {anchor}; "
+            f"expected at most {anchor}. Use a longer anchor, or query_in='prefill'"
+        )
     if len(plan.blocks) > 1 and plan.anchor_rows > plan.block_tokens:
         raise ValueError(
             f"query: {query} tokens beside an anchor of {anchor} take positions 0 … {plan.anchor_rows - 1}, past the "

@@ -138,7 +138,7 @@ def test_the_text_names_every_block(plan):
         ({"passing": -2}, "passing: expected an integer ≥ 0, got -2"),
         ({"query": -1}, "query: expected an integer ≥ 0, got -1"),
         ({"query_offset": -1}, "query_offset: expected an integer ≥ 0, got -1"),
-        ({"query_offset": 3}, "query_offset: expected at most anchor = 2, got 3"),
+        ({"query_offset": 3}, "query_offset: the query follows 3 document tokens in the anchor, which has 2"),
         ({"layout": "ring"}, r"layout: expected one of \('contiguous', 'zigzag'\), got 'ring'"),
         ({"query_in": "both"}, r"query_in: expected one of \('anchor', 'prefill'\), got 'both'"),
         ({"anchor": 7}, "anchor: 7 tokens reach into the second block.*at most block_tokens = 6.*fewer hosts"),

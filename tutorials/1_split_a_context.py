@@ -46,8 +46,8 @@ print(f"n = {n} document tokens, l_q = {l_q} question tokens")
 # %% [markdown]
 # ## Blocks
 #
-# With *H* hosts a **block** has l_b = ⌈n / H⌉ tokens: rank r holds the tokens [r·l_b, (r+1)·l_b), a half-open range. When
-# *n* does not divide, the last block is shorter; nothing is padded.
+# With *H* hosts a **block** has l_b = ⌈n / H⌉ tokens: rank r holds the tokens [r·l_b, (r+1)·l_b), a half-open range.
+# When *n* does not divide, the last block is shorter; nothing is padded.
 
 # %%
 H = 4
@@ -102,9 +102,9 @@ print(plan)
 # ## Who sees what
 #
 # On one host the keys stand in the order [A, P, B]: anchor, passing block, block. The rows that ask are [A, B]: passed
-# tokens come as keys and values and ask nothing. An anchor row i sees A[0..i]; a block row j sees all of A, all of P and
-# B[0..j]. Here is the mask of rank 2, drawn from `apb.reference.apb_mask`, the definition that all fast code is tested
-# against.
+# tokens come as keys and values and ask nothing. An anchor row i sees A[0..i]; a block row j sees all of A, all of P
+# and B[0..j]. Here is the mask of rank 2, drawn from `apb.reference.apb_mask`, the definition that all fast code is
+# tested against.
 
 # %%
 me = plan.host(2).blocks[0]
@@ -117,8 +117,8 @@ for row in mask:
 # %% [markdown]
 # ## What it costs
 #
-# A filled cell is one query–key pair, the unit of attention's work. `apb.costs` counts them from the plan without making
-# a mask; the two counts must agree. That is this tutorial's assertion against the reference.
+# A filled cell is one query–key pair, the unit of attention's work. `apb.costs` counts them from the plan without
+# making a mask; the two counts must agree. That is this tutorial's assertion against the reference.
 
 # %%
 for rank in range(H):
@@ -141,8 +141,8 @@ for rank in range(8):
 # ## Your turn
 #
 # With contiguous blocks the last host of *exact* attention works most: its rows see everything. The **zigzag** layout
-# cuts 2H blocks and gives rank r the blocks r and 2H − 1 − r, an early one and a late one. Write the inverse: which rank
-# holds block number `index`?
+# cuts 2H blocks and gives rank r the blocks r and 2H − 1 − r, an early one and a late one. Write the inverse: which
+# rank holds block number `index`?
 
 
 # %%
@@ -176,8 +176,8 @@ def answer(index, hosts):
 #
 # - `plan_context` refuses plans that make no sense (an anchor that reaches into the second block, for example) and says
 #   what to change.
-# - `print(plan)` shows the table, and `apb plan --tokens 131072 --hosts 8 --anchor 4096 --passing 2048 --query-tokens 40
-#   --picture plan.svg` draws it.
+# - `print(plan)` shows the table, and `apb plan --tokens 131072 --hosts 8 --anchor 4096 --passing 2048 --query-tokens
+#   40 --picture plan.svg` draws it.
 # - `apb.costs.host_cost` turns a plan into FLOPs and bytes for a model's shape.
 #
 # **Read next:** [2. Choose which keys to keep](2_choose_which_keys_to_keep.md), or the

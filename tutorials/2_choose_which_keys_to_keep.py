@@ -109,14 +109,14 @@ assert torch.equal(result.indices, kept) and torch.equal(result.k, kept_k) and t
 # %% [markdown]
 # ## How much is lost
 #
-# Let δ be the attention mass that a row would have put on the tokens we dropped. Leaving them out renormalises the rest,
-# and the output moves by at most
+# Let δ be the attention mass that a row would have put on the tokens we dropped. Leaving them out renormalises the
+# rest, and the output moves by at most
 #
 # ‖o − õ‖ ≤ 2 · δ · max‖v‖.
 #
-# So a good compressor is one with a small δ. We compute both sides in float64 with `apb.reference.attention`, which takes
-# a mask and returns the output and the *log-sum-exp* (LSE) of each row's scores; exp(LSE_kept − LSE_all) is the mass that
-# stays.
+# So a good compressor is one with a small δ. We compute both sides in float64 with `apb.reference.attention`, which
+# takes a mask and returns the output and the *log-sum-exp* (LSE) of each row's scores; exp(LSE_kept − LSE_all) is the
+# mass that stays.
 
 
 # %%
@@ -153,17 +153,19 @@ assert kept_mass(QueryAware(), 4) > kept_mass(Recency(), 4)
 
 # %% [markdown]
 # Keeping everything keeps mass 1, whoever chooses. In between, scorers differ: on this toy the question is known, so
-# scorers that look at it find the needle at once. The key-norm score does badly here because our needle has a *long* key;
-# in trained models short keys tend to draw attention. On a toy one learns how to measure, not which scorer is best.
+# scorers that look at it find the needle at once. The key-norm score does badly here because our needle has a *long*
+# key; in trained models short keys tend to draw attention. On a toy one learns how to measure, not which scorer is
+# best.
 #
 # ## Your turn
 #
-# A mean over the question's tokens can hide a token that only *one* word of the question looks for. Write another score:
-# the **largest** logit over the question's tokens and the group's heads,
+# A mean over the question's tokens can hide a token that only *one* word of the question looks for. Write another
+# score: the **largest** logit over the question's tokens and the group's heads,
 #
 # score(t) = max_{i, h in group} k_t · q_{i,h}.
 #
-# `query` is `[batch, q_heads, l_q, dim]`, `k` is `[batch, kv_heads, tokens, dim]`, the result `[batch, kv_heads, tokens]`.
+# `query` is `[batch, q_heads, l_q, dim]`, `k` is `[batch, kv_heads, tokens, dim]`, the result `[batch, kv_heads,
+# tokens]`.
 
 
 # %%
@@ -178,7 +180,7 @@ def check(solution):
     query = torch.randn(2, 6, 4, 8, generator=generator)
     found = solution(k, query)
     assert found is not None and found.shape == (2, 3, 10), "expected the shape [batch, kv_heads, tokens]"
-    for b, h, t in ((0, 0, 0), (0, 1, 7), (1, 2, 9)):
+    for b, h, t in torch.cartesian_prod(torch.arange(2), torch.arange(3), torch.arange(10)).tolist():
         truth = max(float(k[b, h, t] @ query[b, 2 * h + member, i]) for member in range(2) for i in range(4))
         got = float(found[b, h, t])
         assert abs(got - truth) < 1e-4, f"batch {b}, KV head {h}, token {t}: expected {truth:.3f}, got {got:.3f}"
@@ -200,9 +202,10 @@ def answer(k, query):
 # %% [markdown]
 # ## What the library does for you
 #
-# - A new compressor is a class with one method, `score`; pooling, selection, gathering and the checks (shape, NaN, budget)
-#   are inherited. The five steps stand on the [module page of the compressors](../modules/compress.md).
-# - `apb.compress` has Locret's trained retaining heads, which the paper uses, beside the scorers you have just compared,
-#   and `Oracle`, which looks at the true attention and so tells what the best possible choice would have kept.
+# - A new compressor is a class with one method, `score`; pooling, selection, gathering and the checks (shape, NaN,
+#   budget) are inherited. The five steps stand on the [module page of the compressors](../modules/compress.md).
+# - `apb.compress` has Locret's trained retaining heads, which the paper uses, beside the scorers you have just
+#   compared, and `Oracle`, which looks at the true attention and so tells what the best possible choice would have
+#   kept.
 #
 # **Read next:** [3. Pass blocks between hosts](3_pass_blocks_between_hosts.md).

@@ -159,7 +159,7 @@ def decode_attention(
 
 
 def _check(
-    q: Tensor, k: Tensor, v: Tensor, scale: float | None, backend: str, legal: tuple[Backend, ...]
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, backend: Backend, legal: tuple[Backend, ...]
 ) -> tuple[Backend, float]:
     """Raise if the arguments do not fit each other or the backend; return the backend and scale to use."""
     if backend != "auto" and backend not in legal:
@@ -184,7 +184,7 @@ def _check(
         raise ValueError(f"scale must be a positive number, got {scale}; leave it out for 1/√dim")
     if not 16 <= dim <= 256:
         raise ValueError(f"the head dim must be 16..256, got {dim} (q {list(q.shape)})")
-    chosen: Backend = choose_backend(q) if backend == "auto" else backend  # type: ignore[assignment]
+    chosen = choose_backend(q) if backend == "auto" else backend
     if q.dtype not in _DTYPES[chosen]:
         raise ValueError(f"backend {chosen!r} takes {', '.join(map(str, _DTYPES[chosen]))}; got {q.dtype}")
     if chosen == "sdpa" and q.is_cuda and dim % 8:
@@ -209,9 +209,9 @@ def _check_triton(q: Tensor) -> None:
         raise RuntimeError("backend 'triton' needs Triton, which runs on Linux only; use backend='sdpa'")
     if q.is_cuda:
         return
-    import triton
+    from triton import knobs
 
-    if not triton.knobs.runtime.interpret:
+    if not knobs.runtime.interpret:
         raise RuntimeError(
             f"backend 'triton' needs CUDA tensors, got {q.device}; use backend='sdpa', or set TRITON_INTERPRET=1 "
             f"before Python starts to interpret the kernel, slowly"

@@ -4,10 +4,11 @@ Compiled on CUDA, eager (and slow) on a CPU. Differentiable there.
 """
 
 from functools import cache, lru_cache
+from typing import cast
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask, create_block_mask, flex_attention
 
 __all__ = ["masked_attention"]
 
@@ -19,8 +20,9 @@ def masked_attention(
     mask = _block_mask(q.shape[2], k.shape[2], anchor_tokens, passing_tokens, q.device)
     attend = _compiled() if q.is_cuda else flex_attention
     gqa = q.shape[1] != k.shape[1]
-    out, aux = attend(q, k, v, block_mask=mask, scale=scale, enable_gqa=gqa, return_aux=AuxRequest(lse=True))
-    return out, aux.lse.float()
+    result = attend(q, k, v, block_mask=mask, scale=scale, enable_gqa=gqa, return_aux=AuxRequest(lse=True))
+    out, aux = cast(tuple[Tensor, AuxOutput], result)
+    return out, cast(Tensor, aux.lse).float()
 
 
 @lru_cache(maxsize=8)

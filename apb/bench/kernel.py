@@ -122,7 +122,7 @@ class _FlashAttention3:
         self.tensors = [x.transpose(1, 2).contiguous() for x in (q, k, v)]  # batch tokens heads dim
 
     def __call__(self) -> tuple[object, object]:
-        from fa3_fwd_interface import flash_attn_func
+        from fa3_fwd_interface import flash_attn_func  # ty: ignore[import-not-found]
 
         q, k, v = self.tensors
         a = self.anchor

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -83,7 +84,7 @@ def compile_kernel(
     Raises:
         RuntimeError: if this process runs Triton's interpreter.
     """
-    if triton.knobs.runtime.interpret:
+    if knobs.runtime.interpret:
         raise RuntimeError("kernels are interpreted here: compile in a process without TRITON_INTERPRET")
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
     # The launcher specialises pointers and strides that are multiples of 16, so do the same.

@@ -110,14 +110,14 @@ def choose_tiles(dtype: torch.dtype, dim: int, packed_rows: int) -> Tiles:
     """Fit the row tile to the packed rows, 16 .. 64, and the key tile to shared memory and registers."""
     block_m = min(64, max(16, triton.next_power_of_2(packed_rows)))
     if dtype == torch.float32:
-        return Tiles(16, 32, 8, 1) if dim <= 128 else Tiles(16, 16, 8, 1)
+        return Tiles(16, 32, 8, 1)
     return Tiles(block_m, 64, 4, 3) if dim <= 128 else Tiles(block_m, 32, 8 if block_m == 64 else 4, 3)
 
 
-def choose_splits(programs: int, columns: int, block_n: int, processors: int) -> tuple[int, int]:
-    """Return (splits, keys of each): one program per multiprocessor, each at least four blocks long."""
+def choose_splits(programs: int, columns: int, block_n: int, slots: int) -> tuple[int, int]:
+    """Return (splits, keys of each): at most `slots` programs in all, each at least four blocks long."""
     blocks = triton.cdiv(columns, block_n)
-    wanted = max(1, min(processors // programs, blocks // 4))
+    wanted = max(1, min(slots // programs, blocks // 4))
     split_blocks = triton.cdiv(blocks, wanted)
     return triton.cdiv(blocks, split_blocks), split_blocks * block_n
 
@@ -148,8 +148,10 @@ def _split_kv_decode(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
     packed_rows = q.shape[1] // k.shape[1] * q.shape[2]
     tiles = choose_tiles(q.dtype, q.shape[-1], packed_rows)
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 4
-    programs = q.shape[0] * k.shape[1] * triton.cdiv(packed_rows, tiles.block_m)
-    splits, split_keys = choose_splits(programs, k.shape[2], tiles.block_n, processors)
+    row_tiles = triton.cdiv(packed_rows, tiles.block_m)
+    # Measured on an H100: one program per multiprocessor reads fastest, two compute fastest.
+    slots = processors if row_tiles == 1 else 2 * processors
+    splits, split_keys = choose_splits(q.shape[0] * k.shape[1] * row_tiles, k.shape[2], tiles.block_n, slots)
     return launch(q, k, v, causal, scale, splits, split_keys, tiles)
 
 

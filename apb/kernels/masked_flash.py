@@ -45,7 +45,7 @@ def choose_tiles(dtype: torch.dtype, dim: int, capability: tuple[int, int], *, t
     """
     wide = dim > 128
     if dtype == torch.float32:  # no tensor cores in full float32: small tiles
-        return Tiles(16, 16, 8, 1, 1) if wide else Tiles(32, 32, 8, 1, 1)
+        return Tiles(16, 32, 8, 1, 1) if wide else Tiles(32, 16, 8, 1, 1)
     if capability[0] < 9:
         return Tiles(64, 32, 8, 2, 2) if wide else Tiles(128, 64, 8, 3, 3)
     if not tma:

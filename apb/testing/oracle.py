@@ -114,7 +114,8 @@ def layer(plan: ContextPlan, anchor: Rows, document: Rows, query: Rows, score: S
 def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attend causally with the last rows of the keys: row i of n sees keys 0 … m − n + i."""
     rows, columns = q.shape[2], k.shape[2]
-    mask = torch.tensor([[c <= columns - rows + r for c in range(columns)] for r in range(rows)]).reshape(rows, columns)
+    mask = torch.tensor([[c <= columns - rows + r for c in range(columns)] for r in range(rows)], dtype=torch.bool)
+    mask = mask.reshape(rows, columns)
     return attention(q, k, v, mask)[0]
 
 

@@ -61,7 +61,7 @@ def plans(**limits: object) -> st.SearchStrategy[ContextPlan]:
 
 @dataclass(frozen=True, kw_only=True)
 class Streams:
-    """The rows of one layer before they are split: the anchor's (the same on all hosts), the document's, the query's."""
+    """One layer's rows before they are split: the anchor (the same on all hosts), the document, the running query."""
 
     anchor: Rows
     document: Rows

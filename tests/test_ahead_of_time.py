@@ -1,0 +1,26 @@
+"""Every kernel compiled for GPUs that are not here: no spills, memory that fits, asynchronous tensor cores."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+from apb.kernels.aot import SHARED_BYTES_LIMIT
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_kernels_compile_well(capability):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "apb.kernels.aot", str(capability)]
+    lines = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert lines.returncode == 0, lines.stderr[-2000:]
+    reports = [json.loads(line) for line in lines.stdout.splitlines()]
+    assert {report["kernel"].split()[0] for report in reports} == {"masked_flash", "decode", "merge"}
+    for report in reports:
+        messages = report.pop("messages")
+        assert report["spill_bytes"] == 0 and report["stack_bytes"] == 0, report
+        assert report["shared_bytes"] <= SHARED_BYTES_LIMIT[capability], report
+        assert not report["wgmma_serialised"], (report, messages)

@@ -1,0 +1,84 @@
+"""Turn the tutorials into pages of the documentation, with what each cell printed.
+
+    python tutorials/to_pages.py            # writes docs/tutorials/<name>.md for each tutorials/<number>_<name>.py
+
+A tutorial that raises ends the build. A page is made anew only when its tutorial, this file or the package changed.
+"""
+
+import contextlib
+import io
+import os
+import re
+import subprocess
+import sys
+from hashlib import sha256
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ROOT / "docs" / "tutorials"
+
+
+def read_cells(text: str) -> list[tuple[str, int, str]]:
+    """Split a percent-format file into cells: (what follows `# %%`, number of lines before the body, body)."""
+    lines = text.splitlines()
+    starts = [i for i, line in enumerate(lines) if line.startswith("# %%")]
+    ends = [*starts[1:], len(lines)]
+    return [
+        (lines[i].removeprefix("# %%").strip(), i + 1, "\n".join(lines[i + 1 : end]).strip("\n"))
+        for i, end in zip(starts, ends, strict=True)
+    ]
+
+
+def run_page(path: Path) -> str:
+    """Execute a tutorial cell by cell and return its page; to be run in a process of its own."""
+    namespace: dict[str, object] = {"__name__": "__main__", "__file__": str(path)}
+    parts = []
+    for kind, line, body in read_cells(path.read_text()):
+        if kind == "[markdown]":
+            parts.append(re.sub(r"^# ?", "", body, flags=re.MULTILINE))
+            continue
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            # The line numbers are the file's own: tracebacks are right, and Triton finds its kernels' source.
+            exec(compile("\n" * line + body, str(path), "exec"), namespace)
+        code = f"```python\n{body.strip()}\n```"
+        if "answer" in kind:
+            code = '??? success "Answer"\n\n' + re.sub(r"^(?=.)", "    ", code, flags=re.MULTILINE)
+        parts.append(code)
+        if printed.getvalue():
+            parts.append(f'```text title="Output"\n{printed.getvalue().rstrip()}\n```')
+    name = path.relative_to(ROOT)
+    parts.append(f"*This page is the file `{name}`, executed. Run it with `python {name}`, or open it as a notebook.*")
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> None:
+    """Write the pages that are missing or out of date."""
+    sources = [Path(__file__), *sorted((ROOT / "apb").rglob("*.py"))]
+    package = sha256(b"".join(source.read_bytes() for source in sources))
+    for path in sorted(ROOT.glob("tutorials/[0-9]*.py")):
+        digest = package.copy()
+        digest.update(path.read_bytes())
+        stamp = f"<!-- made by tutorials/to_pages.py from {path.name} {digest.hexdigest()[:16]} -->\n"
+        page = PAGES / f"{path.stem}.md"
+        if page.is_file() and page.read_text().startswith(stamp):
+            continue
+        search = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        child = subprocess.run(
+            [sys.executable, __file__, str(path)],
+            env=os.environ | {"PYTHONPATH": search, "MPLBACKEND": "Agg"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        if child.returncode:
+            sys.exit(f"{path.relative_to(ROOT)} failed; its page was not made")
+        PAGES.mkdir(parents=True, exist_ok=True)
+        page.write_text(stamp + child.stdout)
+        print(f"wrote {page.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        sys.stdout.write(run_page(Path(sys.argv[1]).resolve()))
+    else:
+        main()
