@@ -40,7 +40,10 @@ fuzz: $(READY)
 	@HYPOTHESIS_PROFILE=fuzz $(RUN)/python -m pytest -n 2 --timeout=3600 -m "not slow"
 
 docs: $(READY)
-	@$(RUN)/python -m mkdocs build --strict
+	@echo "Running the tutorials and building the pages …"
+	@$(RUN)/python tutorials/to_pages.py
+	@NO_MKDOCS_2_WARNING=1 $(RUN)/python -m mkdocs build --strict --quiet
+	@echo "Built: site/index.html"
 
 docs-serve: docs
 	@$(RUN)/python -m http.server --directory site --bind 127.0.0.1 8000

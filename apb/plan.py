@@ -141,7 +141,7 @@ class ContextPlan:
         plans = []
         for rank in range(self.hosts):
             blocks = tuple(block for block in self.blocks if block.rank == rank)
-            needs_anchor = self.anchor_on_first or any(block.sees_anchor for block in blocks)
+            needs_anchor = any(block.tokens if block.sees_anchor else self.anchor_on_first for block in blocks)
             plans.append(
                 HostPlan(
                     rank=rank,
@@ -224,7 +224,8 @@ class ContextPlan:
 
     def __str__(self) -> str:
         """Describe the plan, a line a block."""
-        query = f"query {self.query} in the {self.query_in}" if self.query else "no query"
+        place = f"in the {self.query_in}" if self.query_in == "prefill" or self.anchor else "after the prefill"
+        query = f"query {self.query} {place}" if self.query else "no query"
         lines = [
             f"{self.tokens} tokens over {self.hosts} host{'s' * (self.hosts > 1)}, {self.layout}: "
             f"block {self.block_tokens}, anchor {self.anchor}, passing {self.passing}, {query}",

@@ -133,7 +133,7 @@ def _start_hosts(job: Job, on_phase: OnPhase | None) -> tuple[str, list[Any]]:
     model = _load(job, device) if n > 1 else None
     parts = run(n, _answer, job, on_phase, model, device=device, timeout_s=job.timeout_s)
     name = {"simulated": "simulated host", "threads": "thread"}[kind]
-    return "this process" if n == 1 else f"{n} {name}s on {device}", parts
+    return "one host in this process" if n == 1 else f"{n} {name}s on {device}", parts
 
 
 def _load(job: Job, device: torch.device) -> Any:

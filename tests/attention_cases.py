@@ -3,8 +3,9 @@
 import torch
 from hypothesis import strategies as st
 
-from apb.reference import attention
-from apb.testing.tolerance import assert_lse_close, assert_rows_close, eager_attention
+from apb.testing.tolerance import assert_attention
+
+__all__ = ["HEADS", "LAYOUTS", "LENGTHS", "SEEDS", "assert_attention", "draw_inputs", "lay_out"]
 
 SEEDS = st.integers(0, 2**31)
 LENGTHS = st.sampled_from([0, 1, 2, 7, 16, 33, 70])
@@ -33,20 +34,3 @@ def lay_out(x, layout):
         big[:batch, :heads, 3 : tokens + 3, :dim] = x
         return big[:batch, :heads, 3 : tokens + 3, :dim]
     return x
-
-
-def assert_attention(out, lse, q, k, v, mask, *, scale=None, lse_atol=2e-5):
-    """Compare an output and its LSE with the oracle, row by row."""
-    truth, truth_lse = attention(q, k, v, mask, scale)
-    assert out.dtype == q.dtype and out.shape == q.shape and lse.shape == q.shape[:-1]
-    if out.numel() == 0:
-        return
-    mask = mask.to(q.device)
-    eager = eager_attention(q, k, v, mask, scale) if k.shape[2] else torch.zeros_like(q)
-    value_scale = float(v.abs().max()) if v.numel() else 1.0
-    if q.dtype == torch.float32 and k.numel():
-        # A score s is rounded too, by 2⁻²⁴ · |s|; in half precision it is float32's and too small to see.
-        size = q.shape[-1] ** -0.5 if scale is None else scale
-        value_scale *= 1 + size * float(q.norm(dim=-1).max() * k.norm(dim=-1).max())
-    assert_rows_close(out, truth, eager=eager, value_scale=value_scale)
-    assert_lse_close(lse, truth_lse, atol=lse_atol)

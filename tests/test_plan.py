@@ -72,7 +72,7 @@ def test_host_rows_are_anchor_with_the_query_inside_then_blocks_then_the_running
         rows = plan.host_rows(rank, ids, query)
         assert rows.shape == (*leading, host.rows)
         expected = []
-        if plan.anchor and (plan.anchor_on_first or rank > 0 or plan.layout == "zigzag"):
+        if plan.anchor and any(block.tokens if block.index else plan.anchor_on_first for block in host.blocks):
             inside = asked if plan.query_in == "anchor" else []
             expected += [*range(s), *inside, *range(s, plan.anchor)]
         for block in host.blocks:

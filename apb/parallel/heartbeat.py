@@ -27,7 +27,7 @@ class _Peer:
     count: int = -1
     changed_at: float = 0.0
     number: int = -1
-    where: str = "no collective"
+    where: str = "no collective yet"
     left: bool = False
     error: str | None = None  # an error of its own
     cause: str | None = None  # what it was told or found out about another host

@@ -51,7 +51,7 @@ class Group:
         self.timeout_s = timeout_s
         self.changed = threading.Condition()
         self.meetings: dict[int, Meeting] = {}
-        self.last = ["no collective"] * world_size
+        self.last = ["no collective yet"] * world_size
         self.ended: set[int] = set()
         self.errors: list[tuple[int, BaseException]] = []
 

@@ -61,8 +61,9 @@ def blocks_of(plan: ContextPlan) -> list[tuple[int, int, int]]:
 
 
 def runs_anchor(plan: ContextPlan, rank: int) -> bool:
-    """Say whether a host runs the anchor's rows: all but the host of the first block, which may have to."""
-    return plan.anchor > 0 and (rank > 0 or plan.layout == "zigzag" or plan.anchor_on_first)
+    """Say whether a host runs the anchor's rows: if it has rows that see it, or the first block and is told to."""
+    mine = [(i, stop - start) for i, (owner, start, stop) in enumerate(blocks_of(plan)) if owner == rank]
+    return plan.anchor > 0 and any(tokens > 0 if i > 0 else plan.anchor_on_first for i, tokens in mine)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +92,8 @@ def layer(plan: ContextPlan, anchor: Rows, document: Rows, query: Rows, score: S
         keys, values = (torch.cat((seen[i], received[i], (k, v)[i - 1]), dim=2) for i in (1, 2))
         before = keys.shape[2] - (stop - start)
         mask = torch.tensor(
-            [[c < before or c - before <= j for c in range(keys.shape[2])] for j in range(stop - start)]
+            [[c < before or c - before <= j for c in range(keys.shape[2])] for j in range(stop - start)],
+            dtype=torch.bool,
         )
         outs.append(attention(q, keys, values, mask.reshape(stop - start, keys.shape[2]))[0])
 

@@ -18,14 +18,14 @@ def tiny_model(
 ) -> Any:
     """Make a random causal language model of a real architecture, 4 query and 2 KV heads of dim 16.
 
-    Random weights attend almost evenly, which hides bugs; the projections of q and k are scaled by √`peak`, so that
-    the logits grow by `peak`.
+    Random weights attend almost evenly, which hides bugs; every weight matrix but the embedding is scaled by `peak`,
+    which spreads the attention logits.
 
     Args:
         family: which architecture.
         seed: starts the draw of the weights.
         layers: decoder layers.
-        peak: factor on the attention logits.
+        peak: factor on the weight matrices.
         dtype: of the weights.
         config: further settings for the transformers configuration.
     """

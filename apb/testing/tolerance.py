@@ -11,7 +11,9 @@ import torch
 from einops import repeat
 from torch import Tensor
 
-__all__ = ["assert_lse_close", "assert_rows_close", "eager_attention"]
+from apb.reference import attention
+
+__all__ = ["assert_attention", "assert_lse_close", "assert_rows_close", "eager_attention"]
 
 _UNIT_ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
@@ -53,3 +55,30 @@ def assert_lse_close(actual: Tensor, truth: Tensor, *, atol: float = 2e-5) -> No
     """Assert LSEs agree absolutely (natural log, so an absolute error is a relative error of the sum); −inf exactly."""
     assert actual.dtype == torch.float32, f"LSE must be float32, got {actual.dtype}"
     torch.testing.assert_close(actual.double().cpu(), truth.double().cpu(), atol=atol, rtol=2e-6)
+
+
+def assert_attention(
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    *,
+    scale: float | None = None,
+    lse_atol: float = 2e-5,
+) -> None:
+    """Assert that an attention's output and LSE are the oracle's, row by row; the arguments are `attention`'s."""
+    truth, truth_lse = attention(q, k, v, mask, scale)
+    assert out.dtype == q.dtype and out.shape == q.shape and lse.shape == q.shape[:-1]
+    if out.numel() == 0:
+        return
+    mask = mask.to(q.device)
+    eager = eager_attention(q, k, v, mask, scale) if k.shape[2] else torch.zeros_like(q)
+    value_scale = float(v.abs().max()) if v.numel() else 1.0
+    if q.dtype == torch.float32 and k.numel():
+        # A score s is rounded too, by 2⁻²⁴ · |s|; in half precision it is float32's and too small to see.
+        size = q.shape[-1] ** -0.5 if scale is None else scale
+        value_scale *= 1 + size * float(q.norm(dim=-1).max() * k.norm(dim=-1).max())
+    assert_rows_close(out, truth, eager=eager, value_scale=value_scale)
+    assert_lse_close(lse, truth_lse, atol=lse_atol)

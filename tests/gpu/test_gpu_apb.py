@@ -43,9 +43,7 @@ def test_a_host_attends_as_the_reference_on_its_passing_block(dtype):
             at = hosts[other][4][0, other] - block.start + share.anchor_rows
             passed.append([x.gather(2, at[..., None].expand(-1, -1, -1, 64)) for x in hosts[other][1:3]])
         a = plan.host(rank).anchor_rows
-        k, v = (
-            torch.cat((x[:, :, :a], *(p[i] for p in passed), x[:, :, a:]), dim=2) for i, x in enumerate((k, v))
-        )
+        k, v = (torch.cat((x[:, :, :a], *(p[i] for p in passed), x[:, :, a:]), dim=2) for i, x in enumerate((k, v)))
         mask = apb_mask(q.shape[2], k.shape[2], a, k.shape[2] - q.shape[2]).cuda()
         truth, _ = attention(q, k, v, mask)
         eager = eager_attention(q, k, v, mask)
