@@ -244,7 +244,7 @@ def test_gloo_processes_equal_threads(hosts, query_in, layout):
     method = APB(anchor=3, passing=4, query_in=query_in, layout=layout)
     plan = method.plan(tokens=51, hosts=hosts, query=2, query_offset=1)
     streams = stream_rows(plan, hosts, batch=2)
-    threads, processes = run(method, plan, streams), run(method, plan, streams, run_processes)
+    processes, threads = run(method, plan, streams, run_processes), run(method, plan, streams)
     torch.testing.assert_close(processes, threads, atol=1e-12, rtol=0)
 
 

@@ -6,6 +6,7 @@ processes. A group is a plain object: any number of groups live side by side, al
 """
 
 import json
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -252,6 +253,12 @@ def run_group(group: Group, hosts: list[Any], body: Callable[..., T], args: tupl
     except BaseException as interruption:
         group.fail(-1, interruption)
         raise
+    for host, thread in zip(hosts, threads, strict=True):
+        if host.rank in group.ended:
+            thread.join()
+            # `join` returns before the thread's native end, in which MKL takes a lock that a fork would copy locked.
+            while os.path.exists(f"/proc/self/task/{thread.native_id}"):
+                time.sleep(1e-4)
     if group.errors:
         origins = [entry for entry in group.errors if not isinstance(entry[1], HostFailed)]
         rank, error = (origins or group.errors)[0]
