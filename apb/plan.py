@@ -204,7 +204,7 @@ class ContextPlan:
         host, parts = self.host(rank), []
         if host.anchor_rows:
             embedded = query if self.query_in == "anchor" else query[..., :0]
-            s = self.query_offset
+            s = min(self.query_offset, self.anchor)
             parts += [document[..., :s], embedded, document[..., s : self.anchor]]
         parts += [document[..., block.start : block.stop] for block in host.blocks]
         if host.query_rows:

@@ -14,7 +14,7 @@ from apb.costs import HostCost
 from apb.generate import Generation, Prompt, generate
 from apb.hf import model_shape, share_weights
 from apb.methods import APB, Flash, Method
-from apb.models import load_model, load_tokenizer
+from apb.models import DEMO_MODEL, demo_model, load_model, load_tokenizer
 from apb.parallel import Host, host_from_env, run_processes, run_simulated, run_threads
 from apb.plan import ContextPlan, Layout, QueryIn
 from apb.prompt import build_prompt
@@ -118,6 +118,8 @@ def run_job(job: Job, *, on_phase: OnPhase | None = None, here: bool = False) ->
 
 
 def _start_hosts(job: Job, on_phase: OnPhase | None) -> tuple[str, list[Any]]:
+    if job.model == DEMO_MODEL:
+        demo_model()  # once, before the hosts start
     gpus, n = torch.cuda.device_count(), job.hosts
     if n < 1:
         raise ValueError(f"hosts: expected at least 1, got {n}")

@@ -12,6 +12,7 @@ from apb.prompt import build_prompt
 from apb.testing import oracle
 from apb.testing.tiny import tiny_model
 
+NEW = 12
 RUNNERS = {"threads": run_threads, "simulated": run_simulated, "gloo": run_processes}
 
 
@@ -31,7 +32,7 @@ def prompt_of(document=50, query=3, suffix=2, batch=2, prefix_tokens=2):
 
 
 def answer(host, model, method, prompt, **options):
-    result = generate(share_weights(model), method, host, prompt, **options)
+    result = generate(share_weights(model), method, host, prompt, **({"max_new_tokens": NEW} | options))
     return result.tokens, result
 
 
@@ -65,13 +66,13 @@ def test_every_kind_of_host_answers_as_the_oracle(model, kind, method, suffix):
     prompt = prompt_of(suffix=suffix)
     results = RUNNERS[kind](3, answer, model, method, prompt, timeout_s=30)
     plan = method.plan(tokens=50, hosts=3, query=3, query_offset=2)
-    expected = greedy(model, plan, prompt, 32)
+    expected = greedy(model, plan, prompt, NEW)
     for rank, (tokens, result) in enumerate(results):
         assert torch.equal(tokens, expected)
         assert result.plan == plan
         assert set(result.phase_ms) >= {"plan", "prefill", "query", "decode", "compress", "pass", "attend"}
         assert result.counters.messages["passing"] == 2 * plan.blocks_per_host  # two layers
-        assert result.counters.messages["token"] == 32
+        assert result.counters.messages["token"] == NEW
         assert result.cost.rows == plan.host(rank).rows
 
 
@@ -81,7 +82,12 @@ def test_one_host_answers_as_the_model_itself(model):
     model.set_attn_implementation("sdpa")
     ids = torch.cat((prompt.document, prompt.query, prompt.suffix), dim=1)
     expected = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, min_new_tokens=32, do_sample=False, pad_token_id=0
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=NEW,
+        min_new_tokens=NEW,
+        do_sample=False,
+        pad_token_id=0,
     )
     assert torch.equal(tokens, expected[:, ids.shape[1] :])
 
@@ -97,7 +103,7 @@ def test_a_row_repeats_its_stop_token_and_all_rows_end_together(model):
     first, second = free.tolist()
     stop = next(t for t in first if t not in second)  # stops the first row alone
     at = first.index(stop)
-    expected = torch.tensor([first[: at + 1] + [stop] * (31 - at), second])
+    expected = torch.tensor([first[: at + 1] + [stop] * (NEW - 1 - at), second])
     for result in options_run(model, prompt, stop_tokens=[stop]):
         assert torch.equal(result.tokens, expected)
     both = options_run(model, prompt, stop_tokens=[stop, second[at + 1]])[0].tokens
@@ -125,17 +131,15 @@ def test_the_walk_can_be_watched(model):
         max_new_tokens=3,
         keep_indices=True,
         on_token=lambda number, ids: seen.append((number, ids.tolist())),
-        on_phase=seen.append,
+        on_phase=lambda *phase: seen.append(phase),
     )
-    assert seen[:4] == ["plan", "prefill", "query", "decode"]
-    assert seen[4:] == [(i, column.tolist()) for i, column in enumerate(results[0].tokens.T)]
+    layers = [("prefill", 0, 0), ("prefill", 1, 2), ("prefill", 2, 2)]
+    assert seen[:6] == [("plan", 0, 0), *layers, ("query", 0, 0), ("decode", 0, 0)]
+    assert seen[6:] == [(i, column.tolist()) for i, column in enumerate(results[0].tokens.T)]
     plan = results[0].plan
     assert {key: x.shape[-1] for key, x in results[0].kept.items()} == {
         (layer, block.index): block.kept_tokens for layer in range(2) for block in plan.blocks
     }
-
-
-# ---- agreement -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["threads", "gloo"])
@@ -195,8 +199,6 @@ def test_an_error_on_one_host_reaches_all(model, kind, where, tmp_path):
     assert all(t.startswith("HostFailed: ") and "rank 1" in t and text in t for t in (told[0], told[2]))
 
 
-# ---- prompts from text ---------------------------------------------------------------------------------------------
-
 TEXT = "the grass is green and the sky blue . what colour has ? answer : <s> <user> </user> <bot>"
 
 
@@ -239,5 +241,5 @@ def test_a_prompt_from_text_is_answered(model):
     prompt = build_prompt(tokenizer_of(TEMPLATE), " ".join(TEXT.split()[:9] * 5), "what colour has the sky ?")
     method = APB(anchor=6, passing=4)
     (tokens, result), *_ = run_threads(2, answer, model, method, prompt, timeout_s=30)
-    assert result.plan.query_offset == 2 and tokens.shape == (1, 32)
-    assert torch.equal(tokens, greedy(model, result.plan, prompt, 32))
+    assert result.plan.query_offset == 2 and tokens.shape == (1, NEW)
+    assert torch.equal(tokens, greedy(model, result.plan, prompt, NEW))

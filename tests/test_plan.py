@@ -67,7 +67,7 @@ def test_positions_are_true(plan):
 def test_host_rows_are_anchor_with_the_query_inside_then_blocks_then_the_running_query(plan, leading):
     ids = torch.arange(plan.tokens).expand(*leading, -1)
     query = (1000 + torch.arange(plan.query)).expand(*leading, -1)
-    s, asked = plan.query_offset, list(range(1000, 1000 + plan.query))
+    s, asked = min(plan.query_offset, plan.anchor), list(range(1000, 1000 + plan.query))
     for rank, host in enumerate(plan.host_plans):
         rows = plan.host_rows(rank, ids, query)
         assert rows.shape == (*leading, host.rows)

@@ -136,7 +136,7 @@ class Stack:
     @torch.no_grad()
     def prefill(self, document: Tensor, query: Tensor) -> None:
         """Run all streams through the model, each layer as `layer` attends."""
-        plan, s = self.plan, self.plan.query_offset
+        plan, s = self.plan, min(self.plan.query_offset, self.plan.anchor)
         runs = query if plan.query_in == "prefill" else query[:, :0]
         inside = query if plan.query_in == "anchor" else query[:, :0]
         anchor = torch.cat((document[:, :s], inside, document[:, s : plan.anchor]), dim=1)

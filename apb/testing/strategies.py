@@ -41,13 +41,14 @@ def plan_arguments(
     query = draw(st.integers(min_query, max_query))
     room = block - query if query_in == "anchor" else block
     anchor = draw(st.integers(0, max(0, room)))
+    ignored = 0 if anchor and query and query_in == "anchor" else 3  # the offset of a query that is not in the anchor
     return {
         "tokens": tokens,
         "hosts": hosts,
         "anchor": anchor,
         "passing": draw(st.integers(0, block + 2)),
         "query": query,
-        "query_offset": draw(st.integers(0, anchor)),
+        "query_offset": draw(st.integers(0, anchor + ignored)),
         "query_in": query_in,
         "anchor_on_first": draw(st.booleans()),
         "layout": layout,

@@ -1,0 +1,247 @@
+"""Planted bugs: mistakes that such code really gets, as data, each with the tests that must notice it.
+
+`tests/test_planted_bugs.py` puts one bug at a time into a copy of this package and demands that its tests fail. Each
+left all quality scores on easy tasks where they were, which is why the laws look at the numbers.
+"""
+
+from dataclasses import dataclass
+
+__all__ = ["BUGS", "Bug"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bug:
+    """One mistake.
+
+    Attributes:
+        name: what is wrong, in words.
+        file: where, below `apb/`.
+        old: text that stands there exactly once.
+        new: what takes its place.
+        tests: pytest arguments, relative to the repository; at least one selected test must fail.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+BUGS = (
+    # Who holds what, and where.
+    Bug(
+        name="a block's positions start behind the anchor",
+        file="plan.py",
+        old="parts += [torch.arange(block.start, block.stop) for",
+        new="parts += [torch.arange(block.start, block.stop) + host.anchor_rows for",
+        tests="tests/test_plan.py -k positions_are_true",
+    ),
+    Bug(
+        name="the anchor's positions do not count the query inside it",
+        file="plan.py",
+        old="parts = [torch.arange(host.anchor_rows)]",
+        new="parts = [torch.arange(host.anchor_rows).clamp(max=self.anchor)]",
+        tests="tests/test_plan.py -k positions_are_true",
+    ),
+    Bug(
+        name="the query stands before the beginning of the document",
+        file="plan.py",
+        old="parts += [document[..., :s], embedded,",
+        new="parts += [embedded, document[..., :s],",
+        tests="tests/test_plan.py -k host_rows",
+    ),
+    Bug(
+        name="zigzag that does not turn back",
+        file="plan.py",
+        old="else 2 * self.hosts - 1 - index",
+        new="else index - self.hosts",
+        tests="tests/test_plan.py -k layout",
+    ),
+    Bug(
+        name="the first block passes tokens on that later blocks see as anchor",
+        file="plan.py",
+        old="skipped = min(self.anchor, stop - start) if index == 0 else 0",
+        new="skipped = 0",
+        tests="tests/test_plan.py -k receives",
+    ),
+    Bug(
+        name="the first block scores its anchor tokens in place of its last ones",
+        file="methods/apb.py",
+        old="slice(span.start + block.skipped, span.stop)",
+        new="slice(span.start, span.stop - block.skipped)",
+        tests="tests/test_apb_laws.py -k trace",
+    ),
+    # What is kept.
+    Bug(
+        name="unsorted selection",
+        file="compress/select.py",
+        old="return order[..., :keep].sort(dim=-1).values",
+        new="return order[..., :keep]",
+        tests="tests/test_compress.py -k ties",
+    ),
+    Bug(
+        name="ties broken as the sort likes",
+        file="compress/select.py",
+        old="torch.sort(scores, dim=-1, descending=True, stable=True).indices",
+        new="torch.topk(scores, scores.shape[-1], dim=-1).indices",
+        tests="tests/test_compress.py -k ties",
+    ),
+    Bug(
+        name="query head h belongs to KV head h % kv_heads",
+        file="compress/query_aware.py",
+        old="b (h g) l d -> b h d",
+        new="b (g h) l d -> b h d",
+        tests="tests/test_compress.py -k 'formula and query-aware'",
+    ),
+    Bug(
+        name="a voter that does not see itself",
+        file="compress/snapkv.py",
+        old=".tril(tokens - count)",
+        new=".tril(tokens - count - 1)",
+        tests="tests/test_compress.py -k 'formula and snapkv'",
+    ),
+    Bug(
+        name="pooling across the edge of a block",
+        file="compress/pool.py",
+        old="F.max_pool1d(scores, self.kernel, stride=1, padding=self.kernel // 2)",
+        new="F.max_pool1d(F.pad(scores, (self.kernel // 2,) * 2), self.kernel, stride=1)",
+        tests="tests/test_compress.py -k pooling",
+    ),
+    Bug(
+        name="scoring with the first rows of the anchor instead of the question",
+        file="methods/apb.py",
+        old="q[:, :, plan.query_offset : plan.query_offset + plan.query]",
+        new="q[:, :, : plan.query]",
+        tests="tests/test_apb_laws.py -k trace",
+    ),
+    Bug(
+        name="a retaining head that reads the projections after RoPE",
+        file="hf.py",
+        old="Projections(**found) if found",
+        new="Projections(q=q, k=k, v=v) if found",
+        tests="tests/test_hf.py -k 'before_rope and llama'",
+    ),
+    # What is passed.
+    Bug(
+        name="passing blocks in the wrong order of ranks",
+        file="parallel/passing.py",
+        old="self.plan.blocks[: block.index + (block.index == 0)]:",
+        new="self.plan.blocks[: block.index + (block.index == 0)][::-1]:",
+        tests="tests/test_passing.py -k 'documents_order'",
+    ),
+    Bug(
+        name="the padding of a short share leaks into the passing block",
+        file="parallel/passing.py",
+        old=": earlier.kept_tokens if earlier.index",
+        new=": message.shape[2] if earlier.index",
+        tests="tests/test_passing.py -k 'documents_order'",
+    ),
+    Bug(
+        name="every layer reads the first layer's passing block",
+        file="methods/apb.py",
+        old="passing = PassingBlocks(plan, host)",
+        new="passing = vars(host).setdefault('_passing', PassingBlocks(plan, host))",
+        tests="tests/test_hf.py -k 'session_equals and llama and anchor-contiguous'",
+    ),
+    Bug(
+        name="hosts that share the memory they sent",
+        file="parallel/threads.py",
+        old="copy = x.detach().clone()",
+        new="copy = x.detach()",
+        tests="tests/test_hosts.py -k 'share_no_memory and threads'",
+    ),
+    # What a row sees.
+    Bug(
+        name="mask off by one",
+        file="reference.py",
+        old="column[None, :] <= limit[:, None]",
+        new="column[None, :] < limit[:, None]",
+        tests="tests/test_apb_laws.py -k naive",
+    ),
+    Bug(
+        name="the passing tokens hidden from the block",
+        file="reference.py",
+        old="torch.where(row < anchor_tokens, row, row + passing_tokens)",
+        new="row",
+        tests="tests/test_apb_laws.py -k naive",
+    ),
+    Bug(
+        name="a second block that does not see the anchor",
+        file="methods/apb.py",
+        old="seen = share.anchor_rows if block.sees_anchor else 0",
+        new="seen = share.anchor_rows if block.sees_anchor and slot == 0 else 0",
+        tests="tests/test_apb_laws.py -k naive",
+    ),
+    Bug(
+        name="a scale that the attention does not hear of",
+        file="methods/apb.py",
+        old="scale=context.scale, backend=self.backend",
+        new="backend=self.backend",
+        tests="tests/test_apb_laws.py -k scale",
+    ),
+    Bug(
+        name="a square tail that is not causal",
+        file="attend/sdpa.py",
+        old="v[:, :, seen_by_all:], scale, causal=True)",
+        new="v[:, :, seen_by_all:], scale, causal=False)",
+        tests="tests/test_masked_attention.py -k 'equals and sdpa'",
+    ),
+    # The query, and what comes after it.
+    Bug(
+        name="the query causal on every host",
+        file="parallel/decode.py",
+        old="causal=host.rank == owner",
+        new="causal=True",
+        tests="tests/test_apb_laws.py -k running_query",
+    ),
+    Bug(
+        name="the query's own keys counted on every host",
+        file="methods/apb.py",
+        old="share.rows if rank == plan.owner else share.rows - share.query_rows",
+        new="share.rows",
+        tests="tests/test_apb_laws.py -k naive",
+    ),
+    Bug(
+        name="a merge that averages",
+        file="merge.py",
+        old="torch.softmax(lses, dim=0)",
+        new="torch.full_like(lses, 1 / len(lses))",
+        tests="tests/test_merge.py -k 'partition and torch'",
+    ),
+    Bug(
+        name="log-sum-exps to base 2",
+        file="attend/sdpa.py",
+        old="return out, lse[:, :, : q.shape[2]].float()",
+        new="return out, lse[:, :, : q.shape[2]].float() * 1.4426950408889634",
+        tests="tests/test_decode_attention.py -k 'equals and sdpa'",
+    ),
+    Bug(
+        name="a cache that keeps the anchor",
+        file="hf.py",
+        old="k[:, :, share.anchor_rows : last], v[:, :, share.anchor_rows : last]",
+        new="k[:, :, :last], v[:, :, :last]",
+        tests="tests/test_hf.py -k exactly_the_hosts_blocks",
+    ),
+    Bug(
+        name="the last host forgets the query's keys",
+        file="hf.py",
+        old="last = share.rows if owns else share.rows - share.query_rows",
+        new="last = share.rows - share.query_rows",
+        tests="tests/test_hf.py -k 'session_equals and llama and prefill-contiguous'",
+    ),
+    Bug(
+        name="new tokens take the positions of the query that ran along",
+        file="hf.py",
+        old="self.tokens = self.plan.tokens + share.query_rows",
+        new="self.tokens = self.plan.tokens",
+        tests="tests/test_hf.py -k 'session_equals and llama and prefill-contiguous'",
+    ),
+    Bug(
+        name="bytes to oneself counted as sent",
+        file="costs.py",
+        old="sent = sum((plan.hosts - 1) * tokens",
+        new="sent = sum(plan.hosts * tokens",
+        tests="tests/test_costs.py -k hosts_send",
+    ),
+)
