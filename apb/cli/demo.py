@@ -64,7 +64,8 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"\n{describe(report)}\n{'Right' if ok else 'Wrong'}: the key is {key}.")
         busiest, exact = (max(host.cost.pairs for host in report.hosts) for report in reports)
         print(
-            f"\nAPB's busiest host scores {exact / busiest:.1f} times fewer query-key pairs than one host with exact attention."
+            f"\nAPB's busiest host scores {exact / busiest:.1f} times fewer query-key pairs than "
+            f"one host with exact attention."
         )
         if reports[0].hosts[0].device == "CPU":
             print("Hosts that share one machine's processors take turns: these times say nothing of separate machines.")
