@@ -1,7 +1,7 @@
 """What a method is told about where it runs: the plan, this host, the layer. Travels beside q, k and v."""
 
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -20,16 +20,17 @@ class Trace:
     """What happened, if somebody wants to know: time spent by phase, and what each layer kept.
 
     Attributes:
-        timed: fill `phase_ms`. On CUDA each phase then ends with a synchronisation, which costs overlap.
+        timed: measure phases: with the wall clock, or with events on `device` if that is CUDA (nothing waits).
         keep_indices: fill `kept`.
-        phase_ms: milliseconds by phase.
+        device: where the work runs.
         kept: per (layer, block), the kept document positions `[batch, kv_heads, kept]`.
     """
 
     timed: bool = False
     keep_indices: bool = False
-    phase_ms: dict[str, float] = field(default_factory=dict)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     kept: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    _clocks: list[tuple[str, Callable[[], float]]] = field(default_factory=list, repr=False)
 
     @contextmanager
     def phase(self, name: str) -> Generator[None]:
@@ -37,11 +38,37 @@ class Trace:
         if not self.timed:
             yield
             return
-        start = time.perf_counter()
+        stop = _start_clock(self.device)
         yield
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        self.phase_ms[name] = self.phase_ms.get(name, 0.0) + 1e3 * (time.perf_counter() - start)
+        self._clocks.append((name, stop()))
+
+    @property
+    def phase_ms(self) -> dict[str, float]:
+        """Milliseconds by phase; on CUDA this waits for the device."""
+        found: dict[str, float] = {}
+        for name, milliseconds in self._clocks:
+            found[name] = found.get(name, 0.0) + milliseconds()
+        return found
+
+
+def _start_clock(device: torch.device) -> Callable[[], Callable[[], float]]:
+    """Start a clock; calling it stops it and returns what reads it."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+
+        def stop() -> Callable[[], float]:
+            end.record()
+            return lambda: end.synchronize() or start.elapsed_time(end)
+
+        return stop
+    began = time.perf_counter()
+
+    def stop_wall() -> Callable[[], float]:
+        milliseconds = 1e3 * (time.perf_counter() - began)
+        return lambda: milliseconds
+
+    return stop_wall
 
 
 @dataclass(frozen=True)

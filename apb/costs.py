@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from apb.plan import ContextPlan
 
-__all__ = ["HostCost", "ModelShape", "attention_pairs", "host_cost", "message_tokens"]
+__all__ = ["HostCost", "ModelShape", "attention_pairs", "host_cost"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,14 +66,6 @@ def attention_pairs(plan: ContextPlan, rank: int) -> int:
     return pairs
 
 
-def message_tokens(plan: ContextPlan, slot: int) -> int:
-    """Return how many tokens of K and V each host puts into gather number `slot` (its block number `slot`).
-
-    An all-gather wants equal shares, so it is the largest kept count of that slot; shorter ones are padded.
-    """
-    return max(host.blocks[slot].kept_tokens for host in plan.host_plans)
-
-
 def host_cost(plan: ContextPlan, rank: int, shape: ModelShape) -> HostCost:
     """Return what host `rank` computes and sends in one layer of the prefill.
 
@@ -82,7 +74,7 @@ def host_cost(plan: ContextPlan, rank: int, shape: ModelShape) -> HostCost:
     host = plan.host(rank)
     pairs = attention_pairs(plan, rank)
     kv_bytes = shape.kv_heads * 2 * shape.head_dim * shape.bytes_per_value
-    gathered = [message_tokens(plan, slot) for slot in range(plan.blocks_per_host)]
+    gathered = [plan.message_tokens(slot) for slot in range(plan.blocks_per_host)]
     sent = sum((plan.hosts - 1) * tokens * kv_bytes for tokens in gathered)
     messages = sum(tokens > 0 for tokens in gathered)
     if host.query_rows and plan.hosts > 1:

@@ -17,25 +17,9 @@ from apb.hf import Session, model_shape
 from apb.methods import Method
 from apb.parallel.host import Counters, Host
 from apb.plan import ContextPlan
+from apb.prompt import Prompt
 
-__all__ = ["Generation", "Prompt", "generate"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prompt:
-    """A question about a document, in tokens.
-
-    Attributes:
-        document: `[batch, tokens]`, beginning with `prefix_tokens` of BOS, system prompt and user header.
-        query: `[batch, query]`, the question; it is what an anchor embeds.
-        suffix: `[batch, suffix]`, what follows the question before the answer (assistant header, answer prefix).
-        prefix_tokens: how many tokens of the document the query must not precede.
-    """
-
-    document: Int[Tensor, "batch tokens"]
-    query: Int[Tensor, "batch query"]
-    suffix: Int[Tensor, "batch suffix"]
-    prefix_tokens: int = 0
+__all__ = ["Generation", "generate"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +69,7 @@ def generate(
         stop_tokens: a row ends at the first of these.
         on_token: called with (number, `[batch]` ids) of each new token.
         on_phase: called with (phase, 0, 0) as each phase starts, and with ("prefill", done, total) after each layer.
-        timed: measure the phases; on CUDA that synchronises several times a layer.
+        timed: measure the phases.
         keep_indices: note in `kept` which positions each layer passed on.
 
     Raises:
@@ -98,7 +82,10 @@ def generate(
     for name in ("document", "query"):
         if getattr(prompt, name).shape[-1] == 0:
             raise ValueError(f"{name}: it is empty; expected at least 1 token")
-    trace, started = Trace(timed=timed, keep_indices=keep_indices), on_phase or (lambda name, done, total: None)
+    trace, started = (
+        Trace(timed=timed, keep_indices=keep_indices, device=host.device),
+        on_phase or (lambda name, done, total: None),
+    )
     device = host.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

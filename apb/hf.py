@@ -5,6 +5,7 @@ host's keys and values, and answers from all hosts' caches. The model itself sta
 implementation and no session, it attends exactly as with "sdpa".
 """
 
+import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -92,6 +93,7 @@ class Session:
         trace: Trace | None = None,
         on_layer: Callable[[int, int], None] | None = None,
     ) -> None:
+        _check_rope(model.config, plan)
         register()
         model.set_attn_implementation(IMPLEMENTATION)
         self.model, self.method, self.plan, self.host = model, method, plan, host
@@ -103,6 +105,7 @@ class Session:
         self.values: dict[int, Tensor] = {}
         """This host's cache by layer, `[batch, kv_heads, tokens, dim]`: its blocks, and on the owner what follows."""
         self._prefilling = False
+        self._broken = False
         self._projections: dict[tuple[int, str], Tensor] = {}
         self._spare: dict[tuple[int, str], Tensor] = {}
 
@@ -127,11 +130,11 @@ class Session:
             raise ValueError("prefill: this session holds a document already; make a new Session for another one")
         share = self.plan.host(self.host.rank)
         ids = self.plan.host_rows(self.host.rank, document, query).to(self.host.device)
-        self._prefilling = True
-        with self._capture_projections():
-            positions = self.plan.positions(self.host.rank)
+        positions = self.plan.positions(self.host.rank)
+        with self._whole_or_broken(), self._capture_projections():
+            self._prefilling = True
             hidden = self._run(ids, positions) if share.rows else self._keep_up(len(ids))
-        self._prefilling = False
+            self._prefilling = False
         self.tokens = self.plan.tokens + share.query_rows
         return hidden
 
@@ -151,7 +154,8 @@ class Session:
         if ids.shape[-1] == 0:
             raise ValueError("ids: expected at least 1 token, got 0")
         positions = torch.arange(self.tokens, self.tokens + ids.shape[-1])
-        hidden = self._run(ids.to(self.host.device), positions)
+        with self._whole_or_broken():
+            hidden = self._run(ids.to(self.host.device), positions)
         self.tokens += ids.shape[-1]
         return self.logits(hidden[:, -1])
 
@@ -159,6 +163,15 @@ class Session:
     def logits(self, hidden: Float[Tensor, "batch hidden"]) -> Float[Tensor, "batch vocab"]:
         """Apply the model's output embedding to last hidden states."""
         return self.model.get_output_embeddings()(hidden)
+
+    @contextmanager
+    def _whole_or_broken(self) -> Generator[None]:
+        """Refuse further calls once one has failed half-way: some layers' caches would have its tokens, some not."""
+        if self._broken:
+            raise ValueError("session: an earlier call failed half-way and left its caches so; make a new Session")
+        self._broken = True
+        yield
+        self._broken = False
 
     def _run(self, ids: Tensor, positions: Tensor) -> Tensor:
         # A mask of four dimensions is final, so that transformers builds none: the plan is the mask.
@@ -196,7 +209,13 @@ class Session:
         if owns:
             self._append(layer, k, v)
         return start_attend_over_hosts(
-            q, self.keys[layer], self.values[layer], self.host, owner=self.plan.owner, scale=scale
+            q,
+            self.keys[layer],
+            self.values[layer],
+            self.host,
+            owner=self.plan.owner,
+            scale=scale,
+            backend=self.method.backend,
         ).wait()
 
     def _append(self, layer: int, k: Tensor, v: Tensor) -> None:
@@ -220,29 +239,44 @@ class Session:
             yield
             return
         hooks = []
-        for module in self.model.modules():
-            if not isinstance(getattr(module, "layer_idx", None), int) or not hasattr(module, "o_proj"):
-                continue
-            for name in "qkv":
-                source = getattr(module, f"{name}_norm", None) or getattr(module, f"{name}_proj", None)
-                if source is None:
-                    raise ValueError(
-                        f"model: {type(module).__name__} has no {name}_proj, so its projections before RoPE cannot be "
-                        f"read; use a compressor that needs none (query-aware)"
-                    )
-                hooks.append(source.register_forward_hook(self._noter(module.layer_idx, name, module.head_dim)))
         try:
+            for module in self.model.modules():
+                if not isinstance(getattr(module, "layer_idx", None), int) or not hasattr(module, "o_proj"):
+                    continue
+                for name in "qkv":
+                    source = getattr(module, f"{name}_norm", None) or getattr(module, f"{name}_proj", None)
+                    if source is None:
+                        raise ValueError(
+                            f"model: {type(module).__name__} has no {name}_proj, so its projections before RoPE cannot "
+                            f"be read; use a compressor that needs none (query-aware)"
+                        )
+                    hooks.append(source.register_forward_hook(self._noter(module.layer_idx, name, module.head_dim)))
             yield
         finally:
             for hook in hooks:
                 hook.remove()
 
     def _noter(self, layer: int, name: str, head_dim: int) -> Any:
+        mine = threading.get_ident()
+
         def note(module: nn.Module, args: Any, output: Tensor) -> None:
+            if threading.get_ident() != mine:
+                return  # another thread host runs the same model
             heads_last = output.reshape(*output.shape[:2], -1, head_dim)
             self._projections[layer, name] = rearrange(heads_last, "b n h d -> b h n d")
 
         return note
+
+
+def _check_rope(config: Any, plan: ContextPlan) -> None:
+    """Refuse rotations that depend on the longest position a host sees: hosts would rotate their keys apart."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kind = rope.get("rope_type") or rope.get("type")
+    if plan.hosts > 1 and kind in ("dynamic", "longrope"):
+        raise ValueError(
+            f"model: its RoPE of type {kind!r} depends on the length that each host sees, so the hosts' keys would not "
+            f"fit together; use one host, or a model with a fixed RoPE (default, linear, llama3, yarn)"
+        )
 
 
 def share_weights(model: Any) -> Any:

@@ -105,10 +105,11 @@ def convert(source: Path, target: Path) -> None:
         import accelerate  # noqa: F401
         import gguf  # noqa: F401
         import transformers
+        from transformers.utils import logging
     except ImportError as error:
         sys.exit(f"{error.name} is needed to read GGUF weights; pip install 'apb[demo]'")
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     # Newer versions keep the weights packed unless told otherwise.
     packed: dict[str, Any] = {}
     if hasattr(transformers, "GgufConfig"):

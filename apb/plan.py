@@ -161,6 +161,13 @@ class ContextPlan:
         """Return the share of host `rank`."""
         return self.host_plans[rank]
 
+    def message_tokens(self, slot: int) -> int:
+        """Return how many tokens of K and V each host puts into gather number `slot` (of its block number `slot`).
+
+        An all-gather wants equal shares, so it is the largest kept count of that slot; shorter ones are padded.
+        """
+        return max(host.blocks[slot].kept_tokens for host in self.host_plans)
+
     def split(self, x: Tensor, *, dim: int = -1) -> list[Tensor]:
         """Cut the document's tokens (along `dim`) into what each host holds, in rank order.
 

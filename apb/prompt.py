@@ -1,14 +1,32 @@
 """Turn a document and a question into tokens, kept apart so that a method can place each where it wants."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
-from apb.generate import Prompt
-
-__all__ = ["build_prompt"]
+__all__ = ["Prompt", "build_prompt"]
 
 _DOCUMENT, _QUERY = "<<apb-document>>", "<<apb-query>>"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """A question about a document, in tokens.
+
+    Attributes:
+        document: `[batch, tokens]`, beginning with `prefix_tokens` of BOS, system prompt and user header.
+        query: `[batch, query]`, the question; it is what an anchor embeds.
+        suffix: `[batch, suffix]`, what follows the question before the answer (assistant header, answer prefix).
+        prefix_tokens: how many tokens of the document the query must not precede.
+    """
+
+    document: Int[Tensor, "batch tokens"]
+    query: Int[Tensor, "batch query"]
+    suffix: Int[Tensor, "batch suffix"]
+    prefix_tokens: int = 0
 
 
 def build_prompt(tokenizer: Any, document: str, query: str, *, answer_prefix: str = "") -> Prompt:

@@ -11,13 +11,13 @@ import torch
 from apb.attend import Backend
 from apb.compress import TRAINING_FREE, Compressor, RetainingHead, load_retaining_head
 from apb.costs import HostCost
-from apb.generate import Generation, Prompt, generate
+from apb.generate import Generation, generate
 from apb.hf import model_shape, share_weights
 from apb.methods import APB, Flash, Method
 from apb.models import DEMO_MODEL, demo_model, load_model, load_tokenizer
 from apb.parallel import Host, host_from_env, run_processes, run_simulated, run_threads
 from apb.plan import ContextPlan, Layout, QueryIn
-from apb.prompt import build_prompt
+from apb.prompt import Prompt, build_prompt
 
 __all__ = ["HostKind", "HostReport", "Job", "Report", "run_job"]
 
@@ -27,14 +27,18 @@ OnPhase = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What to run. `anchor` and `passing` of None are a quarter and an eighth of a block, as in the paper at 128K."""
+    """What to run.
+
+    `hosts` of None is the ranks of torchrun, or one; `anchor` and `passing` of None are a quarter and an eighth of a
+    block, as in the paper at 128K.
+    """
 
     model: str
     document: str = field(repr=False)
     query: str
     answer_prefix: str = ""
     method: Literal["apb", "flash"] = "apb"
-    hosts: int = 1
+    hosts: int | None = None
     host_kind: HostKind = "auto"
     anchor: int | None = None
     passing: int | None = None
@@ -93,7 +97,7 @@ def run_job(job: Job, *, on_phase: OnPhase | None = None, here: bool = False) ->
     host = None if here else host_from_env(timeout_s=job.timeout_s)
     if host is not None:
         kind = f"{host.world_size} ranks of torchrun"
-        if job.hosts not in (1, host.world_size):
+        if job.hosts not in (None, host.world_size):
             raise ValueError(f"hosts: torchrun started {host.world_size} ranks, got {job.hosts}; leave --hosts out")
         try:
             parts = _gather_reports(host, _answer(host, job, on_phase))
@@ -120,7 +124,7 @@ def run_job(job: Job, *, on_phase: OnPhase | None = None, here: bool = False) ->
 def _start_hosts(job: Job, on_phase: OnPhase | None) -> tuple[str, list[Any]]:
     if job.model == DEMO_MODEL:
         demo_model()  # once, before the hosts start
-    gpus, n = torch.cuda.device_count(), job.hosts
+    gpus, n = torch.cuda.device_count(), 1 if job.hosts is None else job.hosts
     if n < 1:
         raise ValueError(f"hosts: expected at least 1, got {n}")
     kind = job.host_kind
@@ -185,10 +189,11 @@ def _answer(
 def _method(job: Job, prompt: Prompt, model: Any, hosts: int) -> Method:
     if job.method == "flash":
         return Flash(backend=job.backend)
+    several_blocks = hosts > 1 or job.layout == "zigzag"
     block = -(-prompt.document.shape[-1] // (hosts * (2 if job.layout == "zigzag" else 1)))
     anchor = max(block // 4, prompt.prefix_tokens) if job.anchor is None else job.anchor
     return APB(
-        anchor=anchor if hosts > 1 else 0,
+        anchor=anchor if several_blocks else 0,
         passing=block // 8 if job.passing is None else job.passing,
         compressor=_compressor(job, model),
         query_in=job.query_in,

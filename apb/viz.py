@@ -31,9 +31,10 @@ def text_strip(plan: ContextPlan, *, width: int = 72) -> str:
 
 
 def _keys(plan: ContextPlan, block: Block) -> list[tuple[str, int]]:
-    anchor = plan.anchor_rows if block.sees_anchor else 0
-    query = plan.host(block.rank).query_rows
-    return [("anchor", anchor), ("passing", block.passing_tokens), ("block", block.tokens), ("query", query)]
+    host = plan.host(block.rank)
+    anchor = host.anchor_rows if block.sees_anchor and block.tokens else 0
+    passing = block.passing_tokens if block.tokens else 0
+    return [("anchor", anchor), ("passing", passing), ("block", block.tokens), ("query", host.query_rows)]
 
 
 def picture(plan: ContextPlan, path: str | Path, *, progress: Callable[[str], None] | None = None) -> Path:

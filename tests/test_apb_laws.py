@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from apb.compress import TRAINING_FREE, KeyNorm, QueryAware, Random
@@ -32,6 +32,20 @@ def methods_and_plans(draw, compressor=None, **limits):
     return method, method.plan(**arguments)
 
 
+def also_rich(**others):
+    """Try, before all drawn cases, one that has everything: uneven blocks, an anchor, a late query, tokens passed."""
+
+    def decorate(test):
+        for query_in in ("anchor", "prefill"):
+            for layout in ("contiguous", "zigzag"):
+                method = APB(anchor=3, passing=4, query_in=query_in, layout=layout)
+                case = method, method.plan(tokens=57, hosts=3, query=3, query_offset=2)
+                test = example(case=case, seed=1, **others)(test)
+        return test
+
+    return decorate
+
+
 def attend(host, method, plan, streams, keep_indices=False, scale=None):
     trace = Trace(keep_indices=keep_indices)
     q, k, v = (host_rows(plan, host.rank, streams, i) for i in range(3))
@@ -56,9 +70,7 @@ def naive_score(method):
     return oracle.query_aware if isinstance(method.compressor, QueryAware) else oracle.key_norm
 
 
-# ---- limits ------------------------------------------------------------------------------------------------------
-
-
+@also_rich(heads=(4, 2))
 @given(case=methods_and_plans(), seed=SEEDS, heads=HEADS)
 def test_every_stream_equals_the_naive_formula(case, seed, heads):
     method, plan = case
@@ -73,6 +85,7 @@ def test_every_stream_equals_the_naive_formula(case, seed, heads):
             torch.testing.assert_close(query, truth.query, **MERGED)
 
 
+@also_rich()
 @given(case=methods_and_plans(), seed=SEEDS)
 def test_the_trace_says_which_document_tokens_were_passed(case, seed):
     method, plan = case
@@ -148,6 +161,7 @@ def test_nothing_passed_and_no_query_in_the_anchor_is_star_attention(plan, seed)
         torch.testing.assert_close(document[:, :, start:stop], causal(*rows)[:, :, prefix:], **EXACT)
 
 
+@also_rich()
 @given(case=methods_and_plans(compressor=KeyNorm()), seed=SEEDS)
 def test_the_scale_is_the_contexts(case, seed):
     method, plan = case
@@ -161,9 +175,6 @@ def test_the_scale_is_the_contexts(case, seed):
     )
     torch.testing.assert_close(document, expected, **EXACT)
     torch.testing.assert_close(queries, expected_queries, **MERGED)
-
-
-# ---- what depends on what -----------------------------------------------------------------------------------------
 
 
 def spoil(streams, tokens, value):
@@ -210,21 +221,19 @@ def test_what_a_block_passes_depends_on_that_block_and_the_question_alone(case, 
     assert torch.equal(*kept)
 
 
-@given(case=methods_and_plans(query_ins=("prefill",), min_query=1, min_hosts=2), seed=SEEDS)
-def test_a_running_query_sees_the_end_of_every_block_from_its_first_row(case, seed):
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+@given(seed=SEEDS, block=st.integers(0, 5), hosts=st.integers(2, 4))
+def test_a_running_query_sees_the_end_of_any_block_from_its_first_row(layout, seed, block, hosts):
     """The query's attention is causal only among itself: hosts that do not own it must show their whole blocks."""
-    method, plan = case
-    end = [block.stop - 1 for block in plan.blocks if block.tokens]
+    method = APB(anchor=2, passing=2, query_in="prefill", layout=layout)
+    plan = method.plan(tokens=47, hosts=hosts, query=4)
     streams = stream_rows(plan, seed)
+    end = plan.blocks[block % len(plan.blocks)].stop - 1
     q, k, v = (x.clone() for x in streams.document)
-    for token in end:  # a key that the first query row cannot overlook
-        k[:, :, token] = 4 * streams.query[0][:, ::2, 0]
-        v[:, :, token] += 1e3
+    k[:, :, end] = 4 * streams.query[0][:, ::2, 0]  # a key that the first query row cannot overlook
+    v[:, :, end] += 1e3
     queries = run(method, plan, replace(streams, document=(q, k, v)))[2]
     assert all((query[:, ::2, 0] > 500).all() for query in queries)
-
-
-# ---- kinds of hosts ------------------------------------------------------------------------------------------------
 
 
 @given(case=methods_and_plans(), seed=SEEDS)

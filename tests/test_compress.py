@@ -22,13 +22,12 @@ from apb.compress import (
     Random,
     RetainingHead,
     SnapKV,
-    load_retaining_head,
     no_pool,
     select,
 )
 from apb.testing.strategies import HEADS, SEEDS, peaked
 
-DIM, ASKED = 16, 3
+DIM, ASKED, SCALE = 16, 3, 0.3
 ALL = [*TRAINING_FREE, "snapkv-query", "retaining-head"]
 TOKENS = st.integers(1, 24)
 
@@ -59,6 +58,7 @@ def candidates(seed, tokens, heads, batch=2):
         v=v[:, :, mine],
         layer=1,
         block=2,
+        scale=SCALE,
         query=peaked(seed + 2, ASKED, **sizes)[0],
         projections=Projections(q=p[0], k=p[1], v=p[2]),
         document=Document(q=q, k=k, start=2, later=2 + tokens),
@@ -73,6 +73,7 @@ def map_tensors(c, change):
         v=change(c.v),
         layer=c.layer,
         block=c.block,
+        scale=c.scale,
         query=change(c.query),
         projections=Projections(q=change(c.projections.q), k=change(c.projections.k), v=change(c.projections.v)),
         document=Document(
@@ -122,7 +123,8 @@ def test_ties_go_to_the_lowest_position(values, data):
 def test_batch_items_are_scored_alone(name, seed, tokens, heads):
     c, compressor = candidates(seed, tokens, heads), make(name, heads)
     alone = [compressor.score(map_tensors(c, lambda x, i=i: x[i : i + 1])) for i in range(2)]
-    torch.testing.assert_close(compressor.score(c), torch.cat(alone), atol=1e-5, rtol=1e-5)
+    together = compressor.score(c)
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-5 * float(together.abs().max()), rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if name not in ("random", "retaining-head")])
@@ -131,7 +133,8 @@ def test_kv_heads_are_scored_alone_with_their_own_query_heads(name, seed, tokens
     """Swapping the KV heads together with their groups of query heads swaps the scores, and changes nothing else."""
     c, compressor = candidates(seed, tokens, (6, 2)), make(name, (6, 2))
     swap = map_tensors(c, lambda x: x.roll(x.shape[1] // 2, dims=1))
-    torch.testing.assert_close(compressor.score(swap), compressor.score(c).flip(1), atol=1e-5, rtol=1e-5)
+    scores = compressor.score(c)
+    torch.testing.assert_close(compressor.score(swap), scores.flip(1), atol=1e-5 * float(scores.abs().max()), rtol=1e-5)
 
 
 def naive_query_aware(c, b, h, t, group):
@@ -148,7 +151,7 @@ def naive_votes(c, b, h, t, group, voters, rows):
     total = 0.0
     for head in range(h * group, (h + 1) * group):
         for i, last in enumerate(rows):
-            logits = [float(voters[b, head, i].double() @ k.double()) / math.sqrt(DIM) for k in c.k[b, h, : last + 1]]
+            logits = [SCALE * float(voters[b, head, i].double() @ k.double()) for k in c.k[b, h, : last + 1]]
             top = max(logits)
             if t <= last:
                 total += math.exp(logits[t] - top) / sum(math.exp(x - top) for x in logits)
@@ -157,8 +160,7 @@ def naive_votes(c, b, h, t, group, voters, rows):
 
 def naive_snapkv(c, b, h, t, group):
     tokens = c.k.shape[2]
-    rows = range(max(0, tokens - 4), tokens)
-    return naive_votes(c, b, h, t, group, c.q[:, :, -4:], list(rows))
+    return naive_votes(c, b, h, t, group, c.q[:, :, -4:], range(max(0, tokens - 4), tokens))
 
 
 def naive_snapkv_query(c, b, h, t, group):
@@ -179,7 +181,7 @@ def naive_oracle(c, b, h, t, group):
     d, total = c.document, 0.0
     for head in range(h * group, (h + 1) * group):
         for i in range(d.later, d.k.shape[2]):
-            logits = (d.k[b, h, : i + 1].double() @ d.q[b, head, i].double()) / math.sqrt(DIM)
+            logits = SCALE * (d.k[b, h, : i + 1].double() @ d.q[b, head, i].double())
             total += float(logits.softmax(dim=0)[d.start + t])
     return total
 
@@ -205,8 +207,9 @@ def test_scores_are_the_formula(name, heads, tokens):
     torch.testing.assert_close(scores.double(), torch.tensor(expected, dtype=torch.float64), atol=2e-5, rtol=2e-5)
 
 
-def test_the_oracle_sums_the_same_however_it_is_cut():
+def test_scales_and_chunks_have_defaults():
     c = candidates(3, 9, (4, 2))
+    assert c.softmax_scale == SCALE and Candidates(q=c.q, k=c.k, v=c.v).softmax_scale == 0.25
     torch.testing.assert_close(Oracle(chunk=2).score(c), Oracle().score(c), atol=1e-6, rtol=1e-6)
 
 
@@ -238,8 +241,7 @@ def test_pooling_looks_half_a_kernel_each_way_and_stops_at_the_edges(seed, token
 def test_a_kept_token_brings_its_neighbours_along():
     c = candidates(5, 20, (1, 1), batch=1)
     k = torch.full_like(c.k, 10.0)
-    k[:, :, 12] = 0.1
-    c = Candidates(q=c.q, k=k, v=c.v)
+    k[:, :, 12], c = 0.1, Candidates(q=c.q, k=k, v=c.v)
     assert KeyNorm().compress(c, 5).indices.tolist() == [[[10, 11, 12, 13, 14]]]
     assert KeyNorm(pool=no_pool).compress(c, 2).indices.tolist() == [[[0, 12]]]
 
@@ -262,28 +264,6 @@ def test_the_output_moves_by_at_most_twice_the_dropped_mass(name, seed, tokens, 
     assert ((whole - part).norm(dim=-1) <= 2 * dropped * v.norm(dim=-1).max() + 1e-9).all()
 
 
-@pytest.mark.parametrize("prefix", ["", "module."])
-@pytest.mark.parametrize("suffix", ["safetensors", "pt", "bin"])
-def test_retaining_heads_come_back_from_disk(tmp_path, prefix, suffix):
-    head, path = make("retaining-head", (4, 2)), tmp_path / f"heads.{suffix}"
-    weights = {
-        f"{prefix}model.layers.{i}.self_attn.{part}.weight": getattr(head, part)[i]
-        for part in ("fc2", "fc1")
-        for i in (1, 0)
-    }
-    if suffix == "safetensors":
-        from safetensors.torch import save_file
-
-        save_file(weights, path)
-    else:
-        torch.save(weights, path)
-    loaded = load_retaining_head(path)
-    loaded.check_fits(layers=2, heads=4, kv_heads=2, head_dim=DIM)
-    c = candidates(1, 9, (4, 2))
-    assert torch.equal(loaded.score(c), head.score(c))
-    assert head.to("cpu", torch.bfloat16).score(c).dtype == torch.bfloat16
-
-
 @dataclass(frozen=True, kw_only=True)
 class Given(Compressor):
     """A subclass that somebody else wrote: only `score`."""
@@ -296,5 +276,5 @@ class Given(Compressor):
 
 def test_a_subclass_needs_only_a_score():
     k = torch.randn(1, 1, 4, DIM)
-    kept = Given(pool=no_pool, scores=torch.tensor([[[1.0, 3.0, 2.0, 4.0]]])).compress(Candidates(q=k, k=k, v=k), 2)
+    kept = Given(scores=torch.tensor([[[1.0, 3.0, 2.0, 4.0]]]), pool=no_pool).compress(Candidates(q=k, k=k, v=k), 2)
     assert kept.indices.tolist() == [[[1, 3]]] and torch.equal(kept.k, k[:, :, [1, 3]])

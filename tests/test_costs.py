@@ -3,11 +3,12 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given, settings
 
 from apb.compress import KeyNorm, QueryAware
 from apb.context import Context
-from apb.costs import LLAMA_3_1_8B, ModelShape, attention_pairs, host_cost, message_tokens
+from apb.costs import LLAMA_3_1_8B, ModelShape, attention_pairs, host_cost
 from apb.methods import APB
 from apb.parallel import run_threads
 from apb.plan import plan_context
@@ -53,7 +54,7 @@ def test_an_inner_host_costs_the_papers_formulas(hosts):
 @given(plan=plans(layouts=("contiguous",), query_ins=("anchor",)))
 def test_passing_costs_every_host_the_longest_share(plan):
     longest = max(block.kept_tokens for block in plan.blocks)
-    assert message_tokens(plan, 0) == longest
+    assert plan.message_tokens(0) == longest
     for rank in range(plan.hosts):
         cost = host_cost(plan, rank, SHAPE)
         assert cost.sent_bytes == (plan.hosts - 1) * longest * 2 * 2 * 16 * 8
@@ -85,7 +86,7 @@ def test_hosts_send_what_the_plan_says(plan, seed):
     plan = replace(plan, anchor_on_first=True)  # so that every host has the question's vectors
     asks = plan.query_in == "prefill" or plan.anchor > 0
     method = APB(anchor=plan.anchor, passing=plan.passing, compressor=QueryAware() if asks else KeyNorm())
-    streams = stream_rows(plan, seed)
+    streams, shape = stream_rows(plan, seed, dtype=torch.float32), replace(SHAPE, bytes_per_value=4)
 
     def body(host):
         q, k, v = (host_rows(plan, host.rank, streams, i) for i in range(3))
@@ -94,7 +95,7 @@ def test_hosts_send_what_the_plan_says(plan, seed):
         return host.counters
 
     for rank, counters in enumerate(run_threads(plan.hosts, body)):
-        cost = host_cost(plan, rank, SHAPE)
+        cost = host_cost(plan, rank, shape)
         assert sum(counters.sent_bytes.values()) == layers * cost.sent_bytes
         assert sum(counters.messages.values()) == layers * cost.messages
         assert set(counters.sent_bytes) <= {"passing", "merge"}

@@ -17,16 +17,15 @@ from apb.compress import (
     Random,
     RetainingHead,
     SnapKV,
-    load_retaining_head,
     select,
 )
 from apb.context import Context
-from apb.generate import Prompt, generate
+from apb.generate import generate
 from apb.hf import Session, model_shape
 from apb.methods import APB, Flash
 from apb.parallel import HostFailed, PlanMismatch, run_threads
 from apb.plan import plan_context
-from apb.prompt import build_prompt
+from apb.prompt import Prompt, build_prompt
 from apb.testing.strategies import host_rows, stream_rows
 from apb.testing.tiny import tiny_model
 
@@ -159,44 +158,6 @@ def test_settings_out_of_range(make, says):
         make()
 
 
-KEY = "model.layers.{}.self_attn.{}.weight"
-GOOD = {KEY.format(i, part): torch.ones(*shape) for i in (0, 1) for part, shape in (("fc1", (8, 128)), ("fc2", (2, 8)))}
-
-
-@pytest.mark.parametrize(
-    ("weights", "says"),
-    [
-        ({}, "lacks model.layers.0.self_attn.fc1.weight; it holds nothing"),
-        ({"lm_head.weight": torch.ones(1)}, "lacks model.layers.0.self_attn.fc1.weight; it holds lm_head.weight"),
-        ({k: v for k, v in GOOD.items() if k != KEY.format(1, "fc2")}, r"lacks model.layers.1.self_attn.fc2.weight"),
-        ({k.replace("layers.1", "layers.2"): v for k, v in GOOD.items()}, r"lacks model.layers.1.self_attn.fc1.weight"),
-        (GOOD | {KEY.format(1, "fc2"): torch.ones(2, 9)}, r"layer 1 has fc1 \(8, 128\) and fc2 \(2, 9\); expected"),
-        (GOOD | {KEY.format(1, "fc1"): torch.ones(8, 64)}, r"layer 1 has fc1 \(8, 64\).*the same in every layer"),
-        (GOOD | {KEY.format(0, "fc1"): torch.ones(8)}, r"layer 0 has fc1 \(8,\) and fc2 \(2, 8\); expected"),
-    ],
-)
-def test_a_checkpoint_that_is_no_retaining_head(tmp_path, weights, says):
-    torch.save(weights, tmp_path / "heads.pt")
-    with pytest.raises(ValueError, match="retaining heads: .*" + says):
-        load_retaining_head(tmp_path / "heads.pt")
-
-
-def test_a_checkpoint_of_another_model_or_kind(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"retaining heads: no file at .*nowhere\.pt"):
-        load_retaining_head(tmp_path / "nowhere.pt")
-    (tmp_path / "heads.gguf").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"expected a .safetensors, .bin or .pt file, got heads\.gguf"):
-        load_retaining_head(tmp_path / "heads.gguf")
-    torch.save(GOOD, tmp_path / "heads.pt")
-    heads, fits = load_retaining_head(tmp_path / "heads.pt"), {"layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 16}
-    heads.check_fits(**fits)
-    for other in ({"layers": 3}, {"heads": 8}, {"kv_heads": 1, "heads": 6}, {"head_dim": 32}):
-        with pytest.raises(ValueError, match=r"for a model of 2 layers, .* = 128 and 2 KV heads; this model has"):
-            heads.check_fits(**(fits | other))
-    with pytest.raises(ValueError, match="layer: the checkpoint holds 2 layers, got layer 3"):
-        heads.compress(replace(OFFER, projections=OFFER), 2)
-
-
 def session(host, model=None, tokens=20):
     method = APB(anchor=2, passing=2)
     return Session(model or tiny_model(), method, method.plan(tokens=tokens, hosts=host.world_size, query=2), host)
@@ -215,6 +176,26 @@ def session(host, model=None, tokens=20):
 def test_a_session_used_wrongly(use, says):
     with pytest.raises(ValueError, match=says):
         run_threads(1, lambda host: use(session(host)))
+
+
+def test_a_session_that_failed_half_way():
+    def body(host):
+        s = session(host)
+        hook = s.model.model.layers[1].mlp.register_forward_hook(lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            s.prefill(IDS, IDS[:, :2])
+        hook.remove()
+        s.prefill(IDS, IDS[:, :2])
+
+    with pytest.raises(ValueError, match=r"session: an earlier call failed half-way .*make a new Session"):
+        run_threads(1, body)
+
+
+def test_a_model_that_rotates_by_the_length_it_sees():
+    model = tiny_model(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
+    with pytest.raises(ValueError, match="model: its RoPE of type 'dynamic' depends on the length that each host sees"):
+        run_threads(2, lambda host: session(host, model))
+    assert run_threads(1, lambda host: session(host, model).plan.tokens) == [20]
 
 
 def test_a_model_that_attends_otherwise():

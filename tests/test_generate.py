@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from apb.compress import KeyNorm
-from apb.generate import Prompt, generate
+from apb.generate import generate
 from apb.hf import share_weights
 from apb.methods import APB, Flash
 from apb.parallel import HostFailed, PlanMismatch, run_processes, run_simulated, run_threads
-from apb.prompt import build_prompt
+from apb.prompt import Prompt, build_prompt
 from apb.testing import oracle
 from apb.testing.tiny import tiny_model
 

@@ -23,16 +23,21 @@ NEW = 4
 
 @pytest.fixture(scope="module")
 def models():
-    return {family: tiny_model(family, dtype=torch.float64) for family in FAMILIES}
+    class Models(dict):
+        def __missing__(self, family):
+            return self.setdefault(family, tiny_model(family, dtype=torch.float64))
+
+    return Models()
 
 
 def tokens(seed, count, batch=1):
-    return torch.randint(97, (batch, count), generator=torch.Generator().manual_seed(seed))
+    """Draw distinct tokens: the same token twice has the same key norm, but for rounding."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randperm(97, generator=generator)[:count] for _ in range(batch)])
 
 
-def walk(host, model, method, plan, document, query, shared=False):
+def walk(host, model, method, plan, document, query):
     """Prefill, ask and decode; return the caches after the prefill, what they became, the hidden states, the logits."""
-    model = model if shared else share_weights(model)
     trace = Trace(keep_indices=True)
     session = Session(model, method, plan, host, trace=trace)
     hidden = session.prefill(document, query)
@@ -44,8 +49,13 @@ def walk(host, model, method, plan, document, query, shared=False):
     return cached, final, hidden, torch.stack(logits), trace.kept
 
 
+def walk_alone(host, model, *rest):
+    """The same on modules of its own."""
+    return walk(host, share_weights(model), *rest)
+
+
 def check_against_the_oracle(model, method, plan, document, query, run=run_threads):
-    results = run(plan.hosts, walk, model, method, plan, document, query)
+    results = run(plan.hosts, walk_alone, model, method, plan, document, query)
     stack = oracle.Stack(
         model, plan, oracle.query_aware if isinstance(method.compressor, QueryAware) else oracle.key_norm
     )
@@ -187,6 +197,17 @@ def test_a_token_changes_no_cached_key_or_value_before_it(models, seed, j, layou
     for before, after in zip(*joined, strict=True):
         torch.testing.assert_close(after[:, :, :j], before[:, :, :j], atol=1e-9, rtol=0)
         assert not torch.equal(after[:, :, j], before[:, :, j])
+
+
+def test_thread_hosts_may_share_one_model(models):
+    """Each sees its own projections, although all hooks sit on the same modules."""
+    weights = [[torch.randn(shape) / 8 for _ in range(2)] for shape in ((8, 128), (2, 8))]
+    method = APB(anchor=3, passing=4, compressor=RetainingHead(fc1=tuple(weights[0]), fc2=tuple(weights[1])))
+    plan = method.plan(tokens=50, hosts=4, query=2)
+    work = (models["llama"], method, plan, tokens(1, 50), tokens(2, 2))
+    for alone, shared in zip(run_threads(4, walk_alone, *work), run_threads(4, walk, *work), strict=True):
+        torch.testing.assert_close(shared[:4], alone[:4], atol=1e-9, rtol=0)
+        assert all(torch.equal(shared[4][key], alone[4][key]) for key in alone[4])
 
 
 def test_after_the_prefill_a_cache_is_exactly_the_hosts_blocks(models):

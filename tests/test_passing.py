@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import example, given
 
-from apb.costs import message_tokens
 from apb.parallel import HostFailed, run_processes, run_simulated, run_threads
 from apb.parallel.passing import PassingBlocks, gather_document
 from apb.plan import plan_context
@@ -34,7 +33,7 @@ UNEVEN = plan_context(tokens=13, hosts=3, anchor=3, passing=4)  # the first bloc
 
 
 @example(plan=UNEVEN)
-@given(plan=plans(max_tokens=60))
+@given(plan=plans())
 def test_a_block_receives_what_all_earlier_blocks_kept_in_the_documents_order(plan):
     received = {}
     for blocks, _ in run_threads(plan.hosts, exchange, plan):
@@ -47,10 +46,10 @@ def test_a_block_receives_what_all_earlier_blocks_kept_in_the_documents_order(pl
             assert torch.equal(got, torch.cat([got[:, :, :0], *sent], dim=2))
 
 
-@given(plan=plans(max_tokens=60))
+@given(plan=plans())
 def test_bytes_and_messages_are_the_formula(plan):
     """(H − 1) · kept · Hkv · 2d · itemsize a host and gather; a gather of nothing is no message."""
-    gathered = [message_tokens(plan, slot) for slot in range(plan.blocks_per_host)]
+    gathered = [plan.message_tokens(slot) for slot in range(plan.blocks_per_host)]
     for _, counters in run_threads(plan.hosts, exchange, plan):
         assert counters.messages.get("passing", 0) == sum(tokens > 0 for tokens in gathered)
         assert counters.sent_bytes.get("passing", 0) == 2 * (plan.hosts - 1) * sum(gathered) * HEADS * 2 * DIM * 4

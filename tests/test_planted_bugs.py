@@ -17,7 +17,13 @@ ROOT = Path(__file__).parents[1]
 PROFILE = """
 from hypothesis import Phase
 
-settings.register_profile("planted", settings.get_profile("ci"), phases=[Phase.explicit, Phase.generate], database=None)
+settings.register_profile(
+    "planted",
+    settings.get_profile("ci"),
+    phases=[Phase.explicit, Phase.generate],
+    database=None,
+    report_multiple_bugs=False,
+)
 settings.load_profile("planted")
 torch.set_num_threads(1)
 """

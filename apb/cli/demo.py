@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import random
 import sys
 from dataclasses import asdict
@@ -23,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     parser.add_argument("--seed", type=int, default=0, help="draws the key and where it is hidden")
     parser.add_argument("--json", action="store_true", help="print JSON instead")
-    add_host_arguments(parser, hosts=4)
+    add_host_arguments(parser)
 
 
 def hide_key(seed: int) -> tuple[str, str, float]:
@@ -39,12 +40,16 @@ def hide_key(seed: int) -> tuple[str, str, float]:
 def run(arguments: argparse.Namespace) -> int:
     """Ask for the key with APB and with exact attention; 0 if APB's answer has it."""
     document, key, depth = hide_key(arguments.seed)
-    print(
-        f"{DEMO_MODEL} reads six chapters of the Book of Esther (King James Version), in which the pass key {key} is "
-        f"hidden at {depth:.0%} depth.",
-        file=sys.stderr,
-        flush=True,
-    )
+    rank = os.environ.get("RANK")  # under torchrun, whose ranks are the hosts
+    if rank is None and arguments.hosts is None:
+        arguments.hosts = 4
+    if rank in (None, "0"):
+        print(
+            f"{DEMO_MODEL} reads six chapters of the Book of Esther (King James Version), in which the pass key "
+            f"{key} is hidden at {depth:.0%} depth.",
+            file=sys.stderr,
+            flush=True,
+        )
     job = job_from(
         arguments,
         model=DEMO_MODEL,

@@ -27,12 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     parser.add_argument("--json", action="store_true", help="print JSON instead")
     parser.add_argument("--compare-exact", action="store_true", help="also answer with exact attention on one host")
-    add_host_arguments(parser, hosts=1)
+    add_host_arguments(parser)
 
 
-def add_host_arguments(parser: argparse.ArgumentParser, *, hosts: int) -> None:
+def add_host_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what says where and how: hosts, anchor, passing, compressor, layout, backend."""
-    parser.add_argument("--hosts", type=int, default=hosts, help="under torchrun: left out, its ranks are the hosts")
+    parser.add_argument("--hosts", type=int, help="how many; left out under torchrun, whose ranks are the hosts")
     parser.add_argument("--host-kind", choices=get_args(HostKind), default="auto")
     parser.add_argument("--anchor", type=int, help="document tokens in the anchor (default: a quarter of a block)")
     parser.add_argument("--passing", type=int, help="tokens each block passes on (default: an eighth of a block)")
@@ -89,7 +89,7 @@ def run_and_compare(job: Job, *, compare: bool) -> list[Report]:
 def describe(report: Report) -> str:
     """Lay out a report: the answer, what each host held, passed and computed, and the phases' times."""
     plan = report.plan
-    exact = plan.hosts == 1
+    exact = len(plan.blocks) == 1
     lines = [
         f"Answer: {report.answer}",
         f"{'Exact attention' if exact else 'APB'} on {report.host_kind} ({report.hosts[0].device}), "

@@ -23,6 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--query-tokens", type=int, default=0, help="tokens of the question")
     parser.add_argument("--query-offset", type=int, default=0, help="document tokens before the question in the anchor")
     parser.add_argument("--query-in", choices=get_args(QueryIn), default="anchor")
+    parser.add_argument(
+        "--anchor-on-first", action="store_true", help="host 0 runs the anchor too, as query-aware compressors need"
+    )
     parser.add_argument("--layout", choices=get_args(Layout), default="contiguous")
     parser.add_argument("--picture", type=Path, help="write a picture here (.svg, .png or .pdf)")
     parser.add_argument("--json", action="store_true", help="print JSON instead")
@@ -38,6 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
         query=arguments.query_tokens,
         query_offset=arguments.query_offset,
         query_in=arguments.query_in,
+        anchor_on_first=arguments.anchor_on_first,
         layout=arguments.layout,
     )
     costs = [host_cost(plan, rank, LLAMA_3_1_8B) for rank in range(plan.hosts)]

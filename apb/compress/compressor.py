@@ -52,10 +52,17 @@ class Candidates:
     layer: int = 0
     block: int = 0
     """The block's place in the document."""
+    scale: float | None = None
+    """The attention's softmax scale; None is 1/√dim."""
     query: Float[Tensor, "batch q_heads query dim"] | None = None
     """The question's own query vectors, after RoPE."""
     projections: Projections | None = None
     document: Document | None = None
+
+    @property
+    def softmax_scale(self) -> float:
+        """The factor on q · k."""
+        return self.k.shape[-1] ** -0.5 if self.scale is None else self.scale
 
 
 @dataclass(frozen=True, kw_only=True)

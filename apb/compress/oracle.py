@@ -41,7 +41,7 @@ class Oracle(Compressor):
         column = torch.arange(k.shape[2], device=k.device)
         for first in range(document.later, k.shape[2], self.chunk):
             rows = column[first : first + self.chunk]
-            logits = einsum(q[:, :, :, rows], k, "b h g l d, b h n d -> b h g l n") * k.shape[-1] ** -0.5
+            logits = einsum(q[:, :, :, rows], k, "b h g l d, b h n d -> b h g l n") * candidates.softmax_scale
             weights = logits.masked_fill(column > rows[:, None], float("-inf")).softmax(dim=-1)
             mass += reduce(weights[..., start:stop], "b h g l n -> b h n", "sum")
         return mass

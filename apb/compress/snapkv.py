@@ -15,7 +15,7 @@ __all__ = ["SnapKV"]
 
 @dataclass(frozen=True, kw_only=True)
 class SnapKV(Compressor):
-    """score(t) = Σ over voters i and the group's heads of softmax_t(q_i · k_t / √d), each voter over what it sees.
+    """score(t) = Σ over voters i and the group's heads of softmax_t(scale · q_i · k_t), each voter over what it sees.
 
     Attributes:
         voters: "block": the last `window` candidates vote, each on those up to itself (SnapKV's observation window);
@@ -43,7 +43,7 @@ class SnapKV(Compressor):
         voters = candidates.query if self.voters == "query" else candidates.q[:, :, -self.window :]
         assert voters is not None  # `compress` has checked `needs`
         q = rearrange(voters.to(torch.float32), "b (h g) l d -> b h g l d", h=k.shape[1])
-        logits = einsum(q, k, "b h g l d, b h n d -> b h g l n") * k.shape[-1] ** -0.5
+        logits = einsum(q, k, "b h g l d, b h n d -> b h g l n") * candidates.softmax_scale
         if self.voters == "block":
             tokens, count = k.shape[2], q.shape[3]
             seen = torch.ones(count, tokens, dtype=torch.bool, device=k.device).tril(tokens - count)

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from apb.attend import Backend
 from apb.compress.compressor import Need
 from apb.context import Context
 from apb.methods.apb import APB
@@ -19,6 +20,11 @@ __all__ = ["APB", "Flash", "Method"]
 
 class Method(Protocol):
     """What every file of this folder provides."""
+
+    @property
+    def backend(self) -> Backend:
+        """Who computes the attention."""
+        ...
 
     @property
     def needs(self) -> frozenset[Need]:

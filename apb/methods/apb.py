@@ -28,7 +28,7 @@ class APB:
         compressor: chooses those tokens.
         query_in: whether the query sits in the "anchor" (the paper) or runs along with the "prefill" (Spava).
         layout: "contiguous" (the paper) or "zigzag" blocks.
-        backend: who computes the masked attention.
+        backend: who computes the attention; decoding knows no "flex" and then takes "auto".
     """
 
     anchor: int
@@ -93,6 +93,7 @@ class APB:
                 f"q, k, v: {q.shape[2]}, {k.shape[2]} and {v.shape[2]} rows, expected {share.rows}, the plan's rows of "
                 f"rank {host.rank}"
             )
+        self._check_needs(context)
         passing = PassingBlocks(plan, host)
         with trace.phase("compress"):
             candidates = self._candidates(q, k, v, context)
@@ -117,10 +118,29 @@ class APB:
             keys = torch.cat((k[:, :, :seen], kp, k[:, :, span]), dim=2)
             values = torch.cat((v[:, :, :seen], vp, v[:, :, span]), dim=2)
             outs.append(self._masked(q[:, :, first : span.stop], keys, values, seen, kp.shape[2], context))
-        if running is not None:
-            with trace.phase("pass"):
+        with trace.phase("pass"):
+            passing.finish()
+            if running is not None:
                 outs.append(running.wait())
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
+
+    def _check_needs(self, context: Context) -> None:
+        """Check that every host has what the compressor reads; the outcome is the same on all of them."""
+        plan, name = context.plan, type(self.compressor).__name__
+        if not any(0 < block.kept_tokens < block.tokens - block.skipped for block in plan.blocks):
+            return
+        inside = plan.query_in == "anchor" and plan.anchor and plan.anchor_on_first
+        if "query" in self.needs and not (plan.query and (inside or plan.query_in == "prefill")):
+            raise ValueError(
+                f"plan: {name} reads the question's vectors on every host, but this plan has query={plan.query}, "
+                f"anchor={plan.anchor} and anchor_on_first={plan.anchor_on_first}; let the method make the plan "
+                f"(APB(compressor=…).plan(…)), or plan with anchor_on_first=True or query_in='prefill'"
+            )
+        if "projections" in self.needs and context.projections is None:
+            raise ValueError(
+                f"context.projections: {name} reads q, k and v before RoPE, got None; give "
+                f"Context(projections=Projections(…)), as Session does for Hugging Face models"
+            )
 
     def _masked(self, q: Tensor, k: Tensor, v: Tensor, anchor: int, passing: int, context: Context) -> Tensor:
         with context.trace.phase("attend"):
@@ -152,6 +172,7 @@ class APB:
                     v=v[:, :, rows],
                     layer=context.layer,
                     block=block.index,
+                    scale=context.scale,
                     query=query,
                     projections=p and Projections(q=p.q[:, :, rows], k=p.k[:, :, rows], v=p.v[:, :, rows]),
                     document=Document(**everything, start=block.start + block.skipped, later=block.stop)
@@ -173,4 +194,5 @@ class APB:
             context.host,
             owner=plan.owner,
             scale=context.scale,
+            backend=self.backend,
         )

@@ -33,12 +33,14 @@ def start_attend_over_hosts(
         host: this member of the group.
         owner: rank that holds the rows' own keys.
         scale: softmax scale; None is 1/√dim.
-        backend: who computes.
+        backend: who computes; "flex" has no decoding, and leaves it to "auto".
     """
-    out, lse = decode_attention(q, k, v, causal=host.rank == owner, scale=scale, backend=backend)
+    by = "auto" if backend == "flex" else backend
+    out, lse = decode_attention(q, k, v, causal=host.rank == owner, scale=scale, backend=by)
     if host.world_size == 1:
         return Handle(lambda: out)
-    gather = host.all_gather(torch.cat((out.float(), lse[..., None]), dim=-1), what="merge")
+    wide = torch.promote_types(out.dtype, torch.float32)
+    gather = host.all_gather(torch.cat((out.to(wide), lse[..., None].to(wide)), dim=-1), what="merge")
 
     def finish() -> Tensor:
         parts = torch.stack(gather.wait())

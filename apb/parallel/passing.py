@@ -5,7 +5,6 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from apb.costs import message_tokens
 from apb.parallel.host import Handle, Host
 from apb.plan import Block, ContextPlan
 
@@ -22,12 +21,14 @@ class PassingBlocks:
         passing.start(0, kept_k, kept_v)      # returns at once
         …                                     # work that does not need the passing block
         k, v = passing.wait(block)            # [batch, kv_heads, block.passing_tokens, dim] each
+        passing.finish()                      # when all blocks have theirs
     """
 
     def __init__(self, plan: ContextPlan, host: Host) -> None:
         self.plan = plan
         self.host = host
         self._gathers: list[Handle[list[Tensor]]] = []
+        self._nothing: Tensor
 
     def start(
         self,
@@ -50,24 +51,32 @@ class PassingBlocks:
                 f"k, v: shapes {tuple(k.shape)} and {tuple(v.shape)}, expected {planned} tokens along dim 2, what the "
                 f"plan passes on from rank {self.host.rank}'s block number {slot}"
             )
-        padding = message_tokens(self.plan, slot) - planned
-        message = F.pad(torch.cat((k, v), dim=-1), (0, 0, 0, padding))
+        message = torch.cat((k, v), dim=-1)
+        self._nothing = message[:, :, :0]
+        padding = self.plan.message_tokens(slot) - planned
+        if padding:
+            message = F.pad(message, (0, 0, 0, padding))
         if message.shape[2]:
             self._gathers.append(self.host.all_gather(message, what="passing"))
         else:
-            self._gathers.append(Handle(lambda: [message] * self.host.world_size))
+            self._gathers.append(Handle(lambda: [self._nothing] * self.host.world_size))
 
     def wait(
         self, block: Block
     ) -> tuple[Float[Tensor, "batch kv_heads passing dim"], Float[Tensor, "batch kv_heads passing dim"]]:
         """Return the passing block of `block`: K and V kept by every earlier block."""
-        parts = []
-        for earlier in self.plan.blocks[: block.index + (block.index == 0)]:
+        parts = [self._nothing]
+        for earlier in self.plan.blocks[: block.index]:
             slot = self.plan.host(earlier.rank).blocks.index(earlier)
             message = self._gathers[slot].wait()[earlier.rank]
-            parts.append(message[:, :, : earlier.kept_tokens if earlier.index < block.index else 0])
+            parts.append(message[:, :, : earlier.kept_tokens])
         k, v = torch.cat(parts, dim=2).chunk(2, dim=-1)
         return k, v
+
+    def finish(self) -> None:
+        """Wait for every gather started, also for those that none of this host's blocks reads."""
+        for gather in self._gathers:
+            gather.wait()
 
 
 def gather_document(

@@ -68,7 +68,8 @@ class ProcessGroupHost(Host):
         self._timeout_s = timeout_s
         self._number = 0
         self._watched = store is not None and self.device.type == "cuda"
-        self._under_way: dict[int, tuple[Callable[[], bool], str, float]] = {}
+        self._under_way: dict[int, tuple[Callable[[], bool], str]] = {}
+        self._oldest = (-1, 0.0)  # the collective that the device is at, and since when
         self._failed: str | None = None
         self._heartbeat: Heartbeat | None = None
         if store is not None:
@@ -109,9 +110,8 @@ class ProcessGroupHost(Host):
             work = _gather_bytes(received.view(-1), sent, group=self._group, async_op=True)
         except RuntimeError as error:
             self._fail(number, name, error)
-        began = time.monotonic()
         if self._watched:
-            self._under_way[number] = (work.is_completed, name, began)
+            self._under_way[number] = (work.is_completed, name)
 
         def finish() -> list[Tensor]:
             self.check()
@@ -121,7 +121,7 @@ class ProcessGroupHost(Host):
                 work.wait()
                 if self._watched:  # an event rather than the work, which would hold on to the tensors
                     event = torch.cuda.current_stream(self.device).record_event()
-                    self._under_way[number] = (event.query, name, began)
+                    self._under_way[number] = (event.query, name)
             return [row.view(x.dtype).view(x.shape) for row in received]
 
         return finish
@@ -189,12 +189,14 @@ class ProcessGroupHost(Host):
 
     def _watch(self) -> None:
         """Look, in the heartbeat's thread, after the collectives that the CUDA device has not completed."""
-        for number, (done, name, began) in list(self._under_way.items()):
+        for number, (done, name) in list(self._under_way.items()):
             if done():
                 self._under_way.pop(number, None)
                 continue
+            if self._oldest[0] != number:  # the program may have started it long before the device came to it
+                self._oldest = (number, time.monotonic())
             cause = self._cause(number)
-            if self._failed is None and (cause is not None or time.monotonic() - began > self._timeout_s):
+            if self._failed is None and (cause or time.monotonic() - self._oldest[1] > self._timeout_s):
                 self._note_failure(number, name, None, cause)
                 self._group.abort()
             return

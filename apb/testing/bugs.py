@@ -126,15 +126,15 @@ BUGS = (
     Bug(
         name="passing blocks in the wrong order of ranks",
         file="parallel/passing.py",
-        old="self.plan.blocks[: block.index + (block.index == 0)]:",
-        new="self.plan.blocks[: block.index + (block.index == 0)][::-1]:",
+        old="self.plan.blocks[: block.index]:",
+        new="self.plan.blocks[: block.index][::-1]:",
         tests="tests/test_passing.py -k 'documents_order'",
     ),
     Bug(
         name="the padding of a short share leaks into the passing block",
         file="parallel/passing.py",
-        old=": earlier.kept_tokens if earlier.index",
-        new=": message.shape[2] if earlier.index",
+        old="message[:, :, : earlier.kept_tokens]",
+        new="message",
         tests="tests/test_passing.py -k 'documents_order'",
     ),
     Bug(
@@ -144,26 +144,12 @@ BUGS = (
         new="passing = vars(host).setdefault('_passing', PassingBlocks(plan, host))",
         tests="tests/test_hf.py -k 'session_equals and llama and anchor-contiguous'",
     ),
-    Bug(
-        name="hosts that share the memory they sent",
-        file="parallel/threads.py",
-        old="copy = x.detach().clone()",
-        new="copy = x.detach()",
-        tests="tests/test_hosts.py -k 'share_no_memory and threads'",
-    ),
     # What a row sees.
     Bug(
         name="mask off by one",
         file="reference.py",
         old="column[None, :] <= limit[:, None]",
         new="column[None, :] < limit[:, None]",
-        tests="tests/test_apb_laws.py -k naive",
-    ),
-    Bug(
-        name="the passing tokens hidden from the block",
-        file="reference.py",
-        old="torch.where(row < anchor_tokens, row, row + passing_tokens)",
-        new="row",
         tests="tests/test_apb_laws.py -k naive",
     ),
     Bug(
@@ -228,13 +214,6 @@ BUGS = (
         file="hf.py",
         old="last = share.rows if owns else share.rows - share.query_rows",
         new="last = share.rows - share.query_rows",
-        tests="tests/test_hf.py -k 'session_equals and llama and prefill-contiguous'",
-    ),
-    Bug(
-        name="new tokens take the positions of the query that ran along",
-        file="hf.py",
-        old="self.tokens = self.plan.tokens + share.query_rows",
-        new="self.tokens = self.plan.tokens",
         tests="tests/test_hf.py -k 'session_equals and llama and prefill-contiguous'",
     ),
     Bug(

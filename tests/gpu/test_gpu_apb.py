@@ -4,9 +4,10 @@ import pytest
 import torch
 
 import apb
-from apb.generate import Prompt, generate
+from apb.generate import generate
 from apb.hf import share_weights
 from apb.parallel import run_processes, run_simulated, run_threads
+from apb.prompt import Prompt
 from apb.reference import apb_mask, attention
 from apb.testing.tiny import tiny_model
 from apb.testing.tolerance import assert_rows_close, eager_attention

@@ -1,0 +1,76 @@
+"""Retaining heads on disk: what the released checkpoints look like loads, and what does not fit says so."""
+
+import pytest
+import torch
+
+from apb.compress import Candidates, Projections, RetainingHead, load_retaining_head
+from apb.testing.strategies import peaked
+
+
+def random_heads():
+    """Make heads of two layers for 4 query and 2 KV heads of dim 16."""
+    generator = torch.Generator().manual_seed(7)
+    fc1, fc2 = (tuple(torch.randn(s, generator=generator) for _ in range(2)) for s in ((8, 128), (2, 8)))
+    return RetainingHead(fc1=fc1, fc2=fc2)
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("suffix", ["safetensors", "pt", "bin"])
+def test_retaining_heads_come_back_from_disk(tmp_path, prefix, suffix):
+    path, head = tmp_path / f"heads.{suffix}", random_heads()
+    weights = {
+        f"{prefix}model.layers.{i}.self_attn.{part}.weight": getattr(head, part)[i]
+        for part in ("fc2", "fc1")
+        for i in (1, 0)
+    }
+    if suffix == "safetensors":
+        from safetensors.torch import save_file
+
+        save_file(weights, path)
+    else:
+        torch.save(weights, path)
+    loaded = load_retaining_head(path)
+    loaded.check_fits(layers=2, heads=4, kv_heads=2, head_dim=16)
+    q, k, v = peaked(1, 9, batch=2, dtype=torch.float32)
+    c = Candidates(q=q, k=k, v=v, layer=1, projections=Projections(q=q, k=k, v=v))
+    assert torch.equal(loaded.score(c), head.score(c))
+    assert head.to("cpu", torch.bfloat16).score(c).dtype == torch.bfloat16
+
+
+KEY = "model.layers.{}.self_attn.{}.weight"
+GOOD = {KEY.format(i, part): torch.ones(*shape) for i in (0, 1) for part, shape in (("fc1", (8, 128)), ("fc2", (2, 8)))}
+
+
+@pytest.mark.parametrize(
+    ("weights", "says"),
+    [
+        ({}, "lacks model.layers.0.self_attn.fc1.weight; it holds nothing"),
+        ({"lm_head.weight": torch.ones(1)}, "lacks model.layers.0.self_attn.fc1.weight; it holds lm_head.weight"),
+        ({k: v for k, v in GOOD.items() if k != KEY.format(1, "fc2")}, r"lacks model.layers.1.self_attn.fc2.weight"),
+        ({k.replace("layers.1", "layers.2"): v for k, v in GOOD.items()}, r"lacks model.layers.1.self_attn.fc1.weight"),
+        (GOOD | {KEY.format(1, "fc2"): torch.ones(2, 9)}, r"layer 1 has fc1 \(8, 128\) and fc2 \(2, 9\); expected"),
+        (GOOD | {KEY.format(1, "fc1"): torch.ones(8, 64)}, r"layer 1 has fc1 \(8, 64\).*the same in every layer"),
+        (GOOD | {KEY.format(0, "fc1"): torch.ones(8)}, r"layer 0 has fc1 \(8,\) and fc2 \(2, 8\); expected"),
+    ],
+)
+def test_a_checkpoint_that_is_no_retaining_head(tmp_path, weights, says):
+    torch.save(weights, tmp_path / "heads.pt")
+    with pytest.raises(ValueError, match="retaining heads: .*" + says):
+        load_retaining_head(tmp_path / "heads.pt")
+
+
+def test_a_checkpoint_of_another_model_or_kind(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"retaining heads: no file at .*nowhere\.pt"):
+        load_retaining_head(tmp_path / "nowhere.pt")
+    (tmp_path / "heads.gguf").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"expected a .safetensors, .bin or .pt file, got heads\.gguf"):
+        load_retaining_head(tmp_path / "heads.gguf")
+    torch.save(GOOD, tmp_path / "heads.pt")
+    heads, fits = load_retaining_head(tmp_path / "heads.pt"), {"layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 16}
+    heads.check_fits(**fits)
+    for other in ({"layers": 3}, {"heads": 8}, {"kv_heads": 1, "heads": 6}, {"head_dim": 32}):
+        with pytest.raises(ValueError, match=r"for a model of 2 layers, .* = 128 and 2 KV heads; this model has"):
+            heads.check_fits(**(fits | other))
+    with pytest.raises(ValueError, match="layer: the checkpoint holds 2 layers, got layer 3"):
+        x = torch.ones(1, 2, 6, 16)
+        heads.compress(Candidates(q=x, k=x, v=x, layer=3, projections=Projections(q=x, k=x, v=x)), 2)
