@@ -1,6 +1,5 @@
 """The walk of one question: agree on a plan, prefill, ask, decode greedily. The same code on every host."""
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -99,8 +98,7 @@ def generate(
             query=prompt.query.shape[-1],
             query_offset=prompt.prefix_tokens,
         )
-    described = re.sub(" at 0x[0-9a-f]+", "", repr(method))  # a pooling function stands elsewhere in every process
-    host.agree((plan, described, shape, _digest(prompt), max_new_tokens), what="plan")
+    host.agree((plan, method, shape, _digest(prompt), max_new_tokens), what="plan")
 
     session = Session(model, method, plan, host, trace=trace, on_layer=partial(started, "prefill"))
     started("prefill", 0, 0)

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from copy import deepcopy
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -93,6 +94,7 @@ class Session:
         trace: Trace | None = None,
         on_layer: Callable[[int, int], None] | None = None,
     ) -> None:
+        plan.check_group(host.world_size)
         _check_rope(model.config, plan)
         register()
         model.set_attn_implementation(IMPLEMENTATION)
@@ -123,11 +125,19 @@ class Session:
             The last hidden states of this host's rows (never logits).
 
         Raises:
-            ValueError: lengths that are not the plan's.
+            ValueError: shapes or lengths that are not the plan's.
+            PlanMismatch: the hosts came with different plans, methods or tokens; raised on every host.
             HostFailed: another host failed.
         """
         if self.tokens:
             raise ValueError("prefill: this session holds a document already; make a new Session for another one")
+        for name, ids in (("document", document), ("query", query)):
+            if ids.ndim != 2 or ids.is_floating_point() or len(ids) != len(document):
+                raise ValueError(
+                    f"{name}: expected integer ids [batch, tokens] of one batch, got {ids.dtype} {tuple(ids.shape)}"
+                )
+        words = sha256(repr((document.tolist(), query.tolist())).encode()).hexdigest()[:16]
+        self.host.agree((self.plan, self.method, words), what="plan")
         share = self.plan.host(self.host.rank)
         ids = self.plan.host_rows(self.host.rank, document, query).to(self.host.device)
         positions = self.plan.positions(self.host.rank)
@@ -151,8 +161,9 @@ class Session:
         """
         if not self.tokens:
             raise ValueError("extend: nothing has been prefilled; call prefill(document, query) first")
-        if ids.shape[-1] == 0:
-            raise ValueError("ids: expected at least 1 token, got 0")
+        batch = len(self.keys[0])
+        if ids.ndim != 2 or len(ids) != batch or ids.shape[1] == 0:
+            raise ValueError(f"ids: expected [batch, rows] = [{batch}, at least 1 token], got {tuple(ids.shape)}")
         positions = torch.arange(self.tokens, self.tokens + ids.shape[-1])
         with self._whole_or_broken():
             hidden = self._run(ids.to(self.host.device), positions)

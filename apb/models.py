@@ -61,7 +61,11 @@ def _not_found(name: str | Path, error: Exception) -> str:
 
 
 def _resolve(name: str | Path) -> str:
-    return str(demo_model()) if str(name) == DEMO_MODEL else str(name)
+    if str(name) == DEMO_MODEL:
+        return str(demo_model())
+    if str(name)[:1] in "/.~" and not Path(name).expanduser().is_dir():
+        raise OSError("there is no such directory")  # else it would be looked for on the hub
+    return str(Path(name).expanduser()) if str(name)[:1] == "~" else str(name)
 
 
 def demo_model() -> Path:

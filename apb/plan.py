@@ -138,15 +138,17 @@ class ContextPlan:
     @cached_property
     def host_plans(self) -> tuple[HostPlan, ...]:
         """Every host's share, in rank order."""
+        held: list[list[Block]] = [[] for _ in range(self.hosts)]
+        for block in self.blocks:
+            held[block.rank].append(block)
         plans = []
-        for rank in range(self.hosts):
-            blocks = tuple(block for block in self.blocks if block.rank == rank)
+        for rank, blocks in enumerate(held):
             needs_anchor = any(block.tokens if block.sees_anchor else self.anchor_on_first for block in blocks)
             plans.append(
                 HostPlan(
                     rank=rank,
                     anchor_rows=self.anchor_rows if needs_anchor else 0,
-                    blocks=blocks,
+                    blocks=tuple(blocks),
                     query_rows=self.query if self.query_in == "prefill" else 0,
                 )
             )
@@ -158,8 +160,25 @@ class ContextPlan:
         return self.blocks[-1].rank
 
     def host(self, rank: int) -> HostPlan:
-        """Return the share of host `rank`."""
+        """Return the share of host `rank`.
+
+        Raises:
+            ValueError: no such rank.
+        """
+        if not 0 <= rank < self.hosts:
+            raise ValueError(f"rank: expected 0 to {self.hosts - 1}, got {rank}")
         return self.host_plans[rank]
+
+    def check_group(self, world_size: int) -> None:
+        """Check that the plan is for a group of `world_size` hosts.
+
+        Raises:
+            ValueError: naming both numbers.
+        """
+        if self.hosts != world_size:
+            raise ValueError(
+                f"plan: made for {self.hosts} hosts, but the group has {world_size}; plan with hosts=host.world_size"
+            )
 
     def message_tokens(self, slot: int) -> int:
         """Return how many tokens of K and V each host puts into gather number `slot` (of its block number `slot`).

@@ -93,6 +93,12 @@ def run_job(job: Job, *, on_phase: OnPhase | None = None, here: bool = False) ->
         ValueError: something in the job that cannot be.
         HostFailed: a host died or did not answer in time.
     """
+    if not 0 < job.timeout_s <= 1e6:
+        raise ValueError(f"timeout: expected seconds, more than 0 and at most 1e6, got {job.timeout_s}")
+    if job.max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens: expected at least 1, got {job.max_new_tokens}")
+    if job.heads is not None and job.compressor != "retaining-head":
+        raise ValueError(f"heads: {job.heads} is for the compressor 'retaining-head', got {job.compressor!r}")
     started = time.perf_counter()
     host = None if here else host_from_env(timeout_s=job.timeout_s)
     if host is not None:
@@ -191,9 +197,11 @@ def _method(job: Job, prompt: Prompt, model: Any, hosts: int) -> Method:
         return Flash(backend=job.backend)
     several_blocks = hosts > 1 or job.layout == "zigzag"
     block = -(-prompt.document.shape[-1] // (hosts * (2 if job.layout == "zigzag" else 1)))
-    anchor = max(block // 4, prompt.prefix_tokens) if job.anchor is None else job.anchor
+    anchor = job.anchor
+    if anchor is None:
+        anchor = max(block // 4, prompt.prefix_tokens) if several_blocks else 0
     return APB(
-        anchor=anchor if several_blocks else 0,
+        anchor=anchor,
         passing=block // 8 if job.passing is None else job.passing,
         compressor=_compressor(job, model),
         query_in=job.query_in,

@@ -47,15 +47,18 @@ def picture(plan: ContextPlan, path: str | Path, *, progress: Callable[[str], No
 
     Raises:
         ImportError: matplotlib is missing.
-        ValueError: an ending that matplotlib cannot write.
+        ValueError: another ending, or no such folder.
     """
+    path = Path(path)
+    if path.suffix not in (".svg", ".png", ".pdf") or not path.parent.is_dir():
+        raise ValueError(f"picture: expected a file in an existing folder ending in .svg, .png or .pdf, got {path}")
     try:
         from matplotlib.figure import Figure
         from matplotlib.patches import Patch
     except ImportError as error:
         raise ImportError("matplotlib is needed to draw a plan; pip install 'apb[viz]'") from error
 
-    path, blocks = Path(path), [block for host in plan.host_plans for block in host.blocks]
+    blocks = [block for host in plan.host_plans for block in host.blocks]
     columns = min(4, len(blocks))
     mask_rows = -(-len(blocks) // columns)
     figure = Figure(figsize=(10, 1.6 + 0.28 * len(blocks) + 2.7 * mask_rows), layout="constrained")
@@ -90,10 +93,7 @@ def picture(plan: ContextPlan, path: str | Path, *, progress: Callable[[str], No
         axes.set_yticks([])
         axes.set_xlabel("keys", fontsize=8)
         axes.set_ylabel("rows", fontsize=8)
-    try:
-        figure.savefig(path)
-    except ValueError as error:
-        raise ValueError(f"picture: cannot write {path.name}: {error}; end the name in .svg, .png or .pdf") from None
+    figure.savefig(path)
     return path
 
 

@@ -85,4 +85,4 @@ def test_every_page_is_in_the_navigation():
 def test_reading_the_site_asks_no_other_host():
     settings = (ROOT / "mkdocs.yml").read_text()
     assert "font: false" in settings
-    assert not re.search(r"https?://|extra_javascript|extra_css|repo_url|mermaid", settings)
+    assert not re.search(r"https?://|extra_javascript|repo_url|mermaid", settings)

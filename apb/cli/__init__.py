@@ -1,6 +1,7 @@
 """The command line: one file a command, each with `add_arguments(parser)` and `run(arguments) → exit status`."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -22,10 +23,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _COMMANDS[arguments.command].run(arguments)
     except KeyboardInterrupt:
+        print(f"apb {arguments.command}: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read the output has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, OSError, ImportError) as error:
         print(f"apb {arguments.command}: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:
-        print(f"apb {arguments.command}: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"apb {arguments.command}: {error}", file=sys.stderr)
         return 1

@@ -33,14 +33,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_host_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what says where and how: hosts, anchor, passing, compressor, layout, backend."""
     parser.add_argument("--hosts", type=int, help="how many; left out under torchrun, whose ranks are the hosts")
-    parser.add_argument("--host-kind", choices=get_args(HostKind), default="auto")
+    parser.add_argument(
+        "--host-kind", choices=get_args(HostKind), default="auto", help="auto: processes, or threads on one GPU"
+    )
     parser.add_argument("--anchor", type=int, help="document tokens in the anchor (default: a quarter of a block)")
     parser.add_argument("--passing", type=int, help="tokens each block passes on (default: an eighth of a block)")
-    parser.add_argument("--compressor", choices=(*TRAINING_FREE, "retaining-head"), default="query-aware")
+    parser.add_argument("--compressor", choices=(*TRAINING_FREE, "retaining-head"), default="query-aware",
+                        help="chooses the tokens that are passed on (default: %(default)s)")  # fmt: skip
     parser.add_argument("--heads", type=Path, help="checkpoint of the retaining heads")
-    parser.add_argument("--query-in", choices=get_args(QueryIn), default="anchor")
-    parser.add_argument("--layout", choices=get_args(Layout), default="contiguous")
-    parser.add_argument("--backend", choices=get_args(Backend), default="auto")
+    parser.add_argument("--query-in", choices=get_args(QueryIn), default="anchor",
+                        help="where the question is during the prefill (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--layout", choices=get_args(Layout), default="contiguous",
+                        help="one block a host, or two for balance (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--backend", choices=get_args(Backend), default="auto",
+                        help="who computes attention (default: triton on CUDA, sdpa on CPU)")  # fmt: skip
     parser.add_argument("--timeout", type=float, default=300.0, help="longest wait for another host, in seconds")
 
 
@@ -125,5 +131,5 @@ def describe(report: Report) -> str:
 def _read(path: str) -> str:
     try:
         return sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"document: {path} is not UTF-8 text ({error})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"document: cannot read {path} as UTF-8 text ({error}); give a text file, or -") from None

@@ -44,6 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
         anchor_on_first=arguments.anchor_on_first,
         layout=arguments.layout,
     )
+    if arguments.picture:
+        picture(plan, arguments.picture)
     costs = [host_cost(plan, rank, LLAMA_3_1_8B) for rank in range(plan.hosts)]
     if arguments.json:
         blocks = [asdict(block) for block in plan.blocks]
@@ -65,6 +67,6 @@ def run(arguments: argparse.Namespace) -> int:
             for rank, cost in enumerate(costs)
         ]
         print(table(("host", "rows", "pairs", "attention TFLOP", "linear TFLOP", "sent MB", "cache MB"), rows))
-    if arguments.picture:
-        print(f"Picture: {picture(plan, arguments.picture)}")
+        if arguments.picture:
+            print(f"Picture: {arguments.picture}")
     return 0

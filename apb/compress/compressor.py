@@ -103,8 +103,9 @@ class Compressor(ABC):
         Raises:
             ValueError: `keep` out of range, something in `needs` is missing, or scores of the wrong shape or NaN.
         """
+        _check_shapes(candidates)
         batch, kv_heads, tokens, _ = candidates.k.shape
-        if not 0 <= keep <= tokens:
+        if isinstance(keep, bool) or not isinstance(keep, int) or not 0 <= keep <= tokens:
             raise ValueError(f"keep: expected 0 to {tokens}, the number of candidates, got {keep}")
         if 0 < keep < tokens:
             for need in sorted(self.needs):
@@ -128,6 +129,24 @@ class Compressor(ABC):
         else:
             indices = repeat(torch.arange(keep, device=candidates.k.device), "n -> b h n", b=batch, h=kv_heads)
         return Kept(k=_gather(candidates.k, indices), v=_gather(candidates.v, indices), indices=indices)
+
+
+def _check_shapes(candidates: Candidates) -> None:
+    k, v, q, query = candidates.k, candidates.v, candidates.q, candidates.query
+    if k.ndim != 4 or v.shape[:3] != k.shape[:3] or v.ndim != 4:
+        raise ValueError(
+            f"k, v: expected [batch, kv_heads, tokens, dim] each, got {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    for name, x, rows in (("q", q, k.shape[2]), ("query", query, None)):
+        if x is None:
+            continue
+        fits = x.ndim == 4 and x.shape[0] == k.shape[0] and x.shape[3] == k.shape[3] and x.shape[1] % k.shape[1] == 0
+        if not fits or x.shape[1] != q.shape[1] or (x.shape[2] != rows if rows is not None else x.shape[2] == 0):
+            wanted = "at least 1" if rows is None else rows
+            raise ValueError(
+                f"{name}: expected [batch {k.shape[0]}, a multiple of {k.shape[1]} heads (the same for q and query), "
+                f"{wanted} tokens, dim {k.shape[3]}], got {tuple(x.shape)}"
+            )
 
 
 def _gather(x: Tensor, indices: Tensor) -> Tensor:

@@ -79,16 +79,9 @@ def load_retaining_head(path: str | Path) -> RetainingHead:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"retaining heads: no file at {path}")
-    weights: Mapping[str, Tensor]
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        weights = load_file(path)
-    elif path.suffix in (".bin", ".pt"):
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    else:
+    if path.suffix not in (".safetensors", ".bin", ".pt"):
         raise ValueError(f"retaining heads: expected a .safetensors, .bin or .pt file, got {path.name}")
-    weights = {key.removeprefix("module."): value for key, value in weights.items()}
+    weights = {key.removeprefix("module."): value for key, value in _read(path).items()}
     layers = sum(key.endswith("self_attn.fc1.weight") for key in weights)
     wanted = [_KEY.format(layer=i, part=part) for i in range(layers) for part in ("fc1", "fc2")]
     missing = [key for key in wanted if key not in weights]
@@ -107,3 +100,22 @@ def load_retaining_head(path: str | Path) -> RetainingHead:
                 f"[width, inputs] and [kv_heads, width], the same in every layer"
             )
     return RetainingHead(fc1=fc1, fc2=fc2)
+
+
+def _read(path: Path) -> Mapping[str, Tensor]:
+    """Read a flat state dict, never running code from the file."""
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            found = load_file(path)
+        else:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError:
+        raise
+    except Exception as error:  # each reader has error types of its own for a damaged file
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"retaining heads: cannot read {path} as a checkpoint of tensors ({reason})") from error
+    if not isinstance(found, Mapping) or not all(isinstance(key, str) for key in found):
+        raise ValueError(f"retaining heads: {path.name} holds a {type(found).__name__}; expected a flat state dict")
+    return found

@@ -38,6 +38,13 @@ class APB:
     layout: Layout = "contiguous"
     backend: Backend = "auto"
 
+    def __post_init__(self) -> None:
+        for name, value in (("anchor", self.anchor), ("passing", self.passing)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name}: expected an integer ≥ 0, got {value!r}")
+        if not isinstance(self.compressor, Compressor):
+            raise ValueError(f"compressor: expected a Compressor such as QueryAware(), got {self.compressor!r}")
+
     @property
     def needs(self) -> frozenset[Need]:
         """What the compressor reads beside q, k and v."""

@@ -39,8 +39,7 @@ def start_attend_over_hosts(
     out, lse = decode_attention(q, k, v, causal=host.rank == owner, scale=scale, backend=by)
     if host.world_size == 1:
         return Handle(lambda: out)
-    wide = torch.promote_types(out.dtype, torch.float32)
-    gather = host.all_gather(torch.cat((out.to(wide), lse[..., None].to(wide)), dim=-1), what="merge")
+    gather = host.all_gather(torch.cat((out.float(), lse[..., None]), dim=-1), what="merge")
 
     def finish() -> Tensor:
         parts = torch.stack(gather.wait())

@@ -5,6 +5,7 @@ interface — `ProcessGroupHost` (torch.distributed), `ThreadHost` (threads in o
 (threads that take turns on one device) — and no code above this package knows which one it holds.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -107,13 +108,14 @@ class Host(ABC):
         """Tell the other hosts that this one is about to fail, so that they raise instead of waiting."""
 
     def agree(self, value: Any, *, what: str) -> None:
-        """Check that every host holds the same `value` (compared by `repr`).
+        """Check that every host holds the same `value`, compared by `repr` without memory addresses.
 
         Raises:
             PlanMismatch: on every host, with each distinct value and the ranks that hold it.
         """
+        described = re.sub(" at 0x[0-9a-f]+", "", repr(value))  # a function stands elsewhere in every process
         held: dict[str, list[int]] = {}
-        for rank, text in enumerate(self.all_gather_object(repr(value), what=what)):
+        for rank, text in enumerate(self.all_gather_object(described, what=what)):
             held.setdefault(text, []).append(rank)
         if len(held) > 1:
             parts = "; ".join(f"ranks {ranks} hold {text}" for text, ranks in held.items())

@@ -25,6 +25,7 @@ class PassingBlocks:
     """
 
     def __init__(self, plan: ContextPlan, host: Host) -> None:
+        plan.check_group(host.world_size)
         self.plan = plan
         self.host = host
         self._gathers: list[Handle[list[Tensor]]] = []
@@ -43,10 +44,14 @@ class PassingBlocks:
             k, v: this host's kept keys and values, `kept_tokens` of them, after RoPE.
 
         Raises:
-            ValueError: not the number of tokens that the plan says this block passes.
+            ValueError: slots out of order, or not the number of tokens that the plan says this block passes.
         """
+        if slot != len(self._gathers) or slot >= self.plan.blocks_per_host:
+            raise ValueError(
+                f"slot: expected {len(self._gathers)} (of {self.plan.blocks_per_host}, each once, in order), got {slot}"
+            )
         planned = self.plan.host(self.host.rank).blocks[slot].kept_tokens
-        if k.shape != v.shape or k.shape[2] != planned:
+        if k.ndim != 4 or k.shape != v.shape or k.shape[2] != planned:
             raise ValueError(
                 f"k, v: shapes {tuple(k.shape)} and {tuple(v.shape)}, expected {planned} tokens along dim 2, what the "
                 f"plan passes on from rank {self.host.rank}'s block number {slot}"
@@ -64,7 +69,16 @@ class PassingBlocks:
     def wait(
         self, block: Block
     ) -> tuple[Float[Tensor, "batch kv_heads passing dim"], Float[Tensor, "batch kv_heads passing dim"]]:
-        """Return the passing block of `block`: K and V kept by every earlier block."""
+        """Return the passing block of `block`, one of the plan's: K and V kept by every earlier block.
+
+        Raises:
+            ValueError: not every gather has been started.
+            HostFailed: another host failed.
+        """
+        if len(self._gathers) < self.plan.blocks_per_host:
+            raise ValueError(
+                f"wait: {len(self._gathers)} of {self.plan.blocks_per_host} gathers are started; start them all first"
+            )
         parts = [self._nothing]
         for earlier in self.plan.blocks[: block.index]:
             slot = self.plan.host(earlier.rank).blocks.index(earlier)

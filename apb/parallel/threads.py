@@ -252,12 +252,15 @@ def run_group(group: Group, hosts: list[Any], body: Callable[..., T], args: tupl
             group.changed.wait_for(lambda: len(group.ended) == group.world_size, group.timeout_s)
     except BaseException as interruption:
         group.fail(-1, interruption)
+        for thread in threads:  # a thread still inside torch when the interpreter ends would abort the process
+            thread.join(5.0)
         raise
     for host, thread in zip(hosts, threads, strict=True):
         if host.rank in group.ended:
             thread.join()
             # `join` returns before the thread's native end, in which MKL takes a lock that a fork would copy locked.
-            while os.path.exists(f"/proc/self/task/{thread.native_id}"):
+            until = time.monotonic() + 1.0
+            while os.path.exists(f"/proc/self/task/{thread.native_id}") and time.monotonic() < until:
                 time.sleep(1e-4)
     if group.errors:
         origins = [entry for entry in group.errors if not isinstance(entry[1], HostFailed)]

@@ -148,7 +148,8 @@ class Stack:
         hidden = [self.model.model.embed_tokens(ids) for ids in streams]
         for module in self.model.model.layers:
             rows = [self._project(module, x, place) for x, place in zip(hidden, places, strict=True)]
-            whole = tuple(torch.cat([r[i] for r in rows[1:-1]], dim=2) for i in range(3))
+            wq, wk, wv = (torch.cat([r[i] for r in rows[1:-1]], dim=2) for i in range(3))
+            whole = (wq, wk, wv)
             result = layer(plan, rows[0], whole, rows[-1], self.score)
             outs = [result.anchor, *result.blocks, result.query]
             hidden = [self._finish(module, x, out) for x, out in zip(hidden, outs, strict=True)]
