@@ -14,7 +14,7 @@ settings.register_profile("ci", derandomize=True, max_examples=25, deadline=None
 settings.register_profile("fuzz", max_examples=400, deadline=None, suppress_health_check=SLOW_OK, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items):

@@ -147,6 +147,9 @@ def test_scores_of_another_shape_or_nan():
     [
         (lambda: MaxPool(kernel=4), "kernel: expected an odd number of tokens ≥ 1.*got 4"),
         (lambda: MeanPool(kernel=0), "kernel: expected an odd number of tokens ≥ 1.*got 0"),
+        (lambda: APB(anchor=-1, passing=0), "anchor: expected an integer ≥ 0, got -1"),
+        (lambda: APB(anchor=0, passing=-1), "passing: expected an integer ≥ 0, got -1"),
+        (lambda: APB(anchor=0, passing=0.5), "passing: expected an integer ≥ 0, got 0.5"),
         (lambda: SnapKV(window=0), "window: expected at least 1 voting token, got 0"),
         (lambda: SnapKV(voters="all"), "voters: expected 'block' or 'query', got 'all'"),
     ],

@@ -1,7 +1,8 @@
 """Locret's retaining heads: a small trained network per layer scores each token (arXiv 2410.01805; APB's choice)."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ __all__ = ["RetainingHead", "load_retaining_head"]
 _KEY = "model.layers.{layer}.self_attn.{part}.weight"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class RetainingHead(Compressor):
     """scores(t) = fc2(silu(fc1(concat(q_t, k_t, v_t)))) on the projections before RoPE; one score per KV head.
 
@@ -26,8 +27,14 @@ class RetainingHead(Compressor):
         fc2: per layer, `[kv_heads, width]`.
     """
 
-    fc1: tuple[Tensor, ...] = field(repr=False)
-    fc2: tuple[Tensor, ...] = field(repr=False)
+    fc1: tuple[Tensor, ...]
+    fc2: tuple[Tensor, ...]
+
+    def __repr__(self) -> str:
+        """Tell checkpoints apart by the sums of their weights, so that hosts can agree on one."""
+        sums = [float(weight.double().sum()) for weight in (*self.fc1, *self.fc2)]
+        mark = sha256(repr(sums).encode()).hexdigest()[:12]
+        return f"RetainingHead(pool={self.pool}, layers={len(self.fc1)}, weights={mark})"
 
     @property
     def needs(self) -> frozenset[Need]:

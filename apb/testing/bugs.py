@@ -140,8 +140,8 @@ BUGS = (
     Bug(
         name="every layer reads the first layer's passing block",
         file="methods/apb.py",
-        old="passing = PassingBlocks(plan, host)",
-        new="passing = vars(host).setdefault('_passing', PassingBlocks(plan, host))",
+        old="kp, vp = passing.wait(block)",
+        new="kp, vp = vars(host).setdefault(f'_{slot}', passing.wait(block))",
         tests="tests/test_hf.py -k 'session_equals and llama and anchor-contiguous'",
     ),
     # What a row sees.
