@@ -34,10 +34,12 @@ lint: $(READY)
 
 test: lint
 	@echo "Running the tests (a few minutes) …"
-	@$(RUN)/python -m pytest -n 2
+	@CUDA_VISIBLE_DEVICES= $(RUN)/python -m pytest -n 2
+	@if $(RUN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+		echo "Running the tests that need a GPU …"; $(RUN)/python -m pytest -m gpu; fi
 
 fuzz: $(READY)
-	@HYPOTHESIS_PROFILE=fuzz $(RUN)/python -m pytest -n 2 --timeout=3600 -m "not slow"
+	@HYPOTHESIS_PROFILE=fuzz CUDA_VISIBLE_DEVICES= $(RUN)/python -m pytest -n 2 --timeout=3600 --deselect tests/test_planted_bugs.py
 
 docs: $(READY)
 	@echo "Running the tutorials and building the pages …"
