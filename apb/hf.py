@@ -5,9 +5,8 @@ host's keys and values, and answers from all hosts' caches. The model itself sta
 implementation and no session, it attends exactly as with "sdpa".
 """
 
-import threading
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from hashlib import sha256
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from apb.compress.compressor import Projections
 from apb.context import Context, Trace
@@ -24,6 +23,7 @@ from apb.methods import Method
 from apb.parallel.decode import start_attend_over_hosts
 from apb.parallel.host import Host
 from apb.plan import ContextPlan
+from apb.projections import capture_projections
 
 __all__ = ["Session", "model_shape", "register", "share_weights"]
 
@@ -141,7 +141,8 @@ class Session:
         share = self.plan.host(self.host.rank)
         ids = self.plan.host_rows(self.host.rank, document, query).to(self.host.device)
         positions = self.plan.positions(self.host.rank)
-        with self._whole_or_broken(), self._capture_projections():
+        reads = "projections" in self.method.needs
+        with self._whole_or_broken(), capture_projections(self.model, self._projections) if reads else nullcontext():
             self._prefilling = True
             hidden = self._run(ids, positions) if share.rows else self._keep_up(len(ids))
             self._prefilling = False
@@ -242,41 +243,6 @@ class Session:
                 self._spare[layer, name] = room
             room[:, :, start:stop] = new
             cache[layer] = room[:, :, :stop]
-
-    @contextmanager
-    def _capture_projections(self) -> Generator[None]:
-        """Note q, k and v before RoPE while the layers run, if the method reads them."""
-        if "projections" not in self.method.needs:
-            yield
-            return
-        hooks = []
-        try:
-            for module in self.model.modules():
-                if not isinstance(getattr(module, "layer_idx", None), int) or not hasattr(module, "o_proj"):
-                    continue
-                for name in "qkv":
-                    source = getattr(module, f"{name}_norm", None) or getattr(module, f"{name}_proj", None)
-                    if source is None:
-                        raise ValueError(
-                            f"model: {type(module).__name__} has no {name}_proj, so its projections before RoPE cannot "
-                            f"be read; use a compressor that needs none (query-aware)"
-                        )
-                    hooks.append(source.register_forward_hook(self._noter(module.layer_idx, name, module.head_dim)))
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _noter(self, layer: int, name: str, head_dim: int) -> Any:
-        mine = threading.get_ident()
-
-        def note(module: nn.Module, args: Any, output: Tensor) -> None:
-            if threading.get_ident() != mine:
-                return  # another thread host runs the same model
-            heads_last = output.reshape(*output.shape[:2], -1, head_dim)
-            self._projections[layer, name] = rearrange(heads_last, "b n h d -> b h n d")
-
-        return note
 
 
 def _check_rope(config: Any, plan: ContextPlan) -> None:
