@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,14 +23,19 @@ class Trace:
     Attributes:
         timed: measure phases: with the wall clock, or with events on `device` if that is CUDA (nothing waits).
         keep_indices: fill `kept`.
+        counted: add up `pairs`.
         device: where the work runs.
         kept: per (layer, block), the kept document positions `[batch, kv_heads, kept]`.
+        indices: per layer, the sparse index of a method that builds one (MInference); with `keep_indices`.
     """
 
     timed: bool = False
     keep_indices: bool = False
+    counted: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     kept: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    indices: dict[int, Any] = field(default_factory=dict)
+    _pairs: dict[int, list[int | Tensor]] = field(default_factory=dict, repr=False)
     _clocks: list[tuple[str, Callable[[], float]]] = field(default_factory=list, repr=False)
 
     @contextmanager
@@ -49,6 +55,16 @@ class Trace:
         for name, milliseconds in self._clocks:
             found[name] = found.get(name, 0.0) + milliseconds()
         return found
+
+    def count_pairs(self, layer: int, pairs: int | Tensor) -> None:
+        """Add query–key pairs that were scored in `layer`, summed over the query heads, for one batch entry."""
+        if self.counted:
+            self._pairs.setdefault(layer, []).append(pairs)
+
+    @property
+    def pairs(self) -> dict[int, int]:
+        """Pairs scored in each layer of the prefill, summed over the query heads; this may wait for the device."""
+        return {layer: int(sum(int(pairs) for pairs in counts)) for layer, counts in self._pairs.items()}
 
 
 def _start_clock(device: torch.device) -> Callable[[], Callable[[], float]]:

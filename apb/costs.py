@@ -28,13 +28,18 @@ class ModelShape:
         projections = self.hidden * (2 * self.heads + 2 * self.kv_heads) * self.head_dim
         return 2 * (projections + 3 * self.hidden * self.ffn)
 
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of one token's keys and values in one layer."""
+        return self.kv_heads * 2 * self.head_dim * self.bytes_per_value
+
 
 LLAMA_3_1_8B = ModelShape(hidden=4096, heads=32, kv_heads=8, head_dim=128, ffn=14336, layers=32)
 
 
 @dataclass(frozen=True, kw_only=True)
 class HostCost:
-    """One host's cost in one layer. FLOPs count a multiply–add as 2."""
+    """One host's cost in one layer. Pairs are summed over the query heads; FLOPs count a multiply–add as 2."""
 
     rows: int
     pairs: int
@@ -66,27 +71,42 @@ def attention_pairs(plan: ContextPlan, rank: int) -> int:
     return pairs
 
 
-def host_cost(plan: ContextPlan, rank: int, shape: ModelShape) -> HostCost:
+def host_cost(
+    plan: ContextPlan,
+    rank: int,
+    shape: ModelShape,
+    *,
+    pairs: int | None = None,
+    sent_bytes: int | None = None,
+    messages: int | None = None,
+) -> HostCost:
     """Return what host `rank` computes and sends in one layer of the prefill.
 
-    Attention 4 · pairs · d · Hq FLOPs; a gather sends (H − 1) · kept · Hkv · 2d values per host.
+    Attention 4 · pairs · d FLOPs; a gather sends (H − 1) · kept · Hkv · 2d values per host.
+
+    Args:
+        plan: how the document is split.
+        rank: of the host.
+        shape: of the model.
+        pairs, sent_bytes, messages: what a method scores and sends, if not by the plan's masks and passing blocks.
     """
     host = plan.host(rank)
-    pairs = attention_pairs(plan, rank)
-    kv_bytes = shape.kv_heads * 2 * shape.head_dim * shape.bytes_per_value
-    gathered = [plan.message_tokens(slot) for slot in range(plan.blocks_per_host)]
-    sent = sum((plan.hosts - 1) * tokens * kv_bytes for tokens in gathered)
-    messages = sum(tokens > 0 for tokens in gathered)
-    if host.query_rows and plan.hosts > 1:
-        # The running query's partial attention: float32 output and LSE of every query head.
-        sent += (plan.hosts - 1) * host.query_rows * shape.heads * (shape.head_dim + 1) * 4
-        messages += 1
+    if pairs is None:
+        pairs = shape.heads * attention_pairs(plan, rank)
+    if sent_bytes is None or messages is None:
+        gathered = [plan.message_tokens(slot) for slot in range(plan.blocks_per_host)]
+        sent_bytes = sum((plan.hosts - 1) * tokens * shape.kv_bytes for tokens in gathered)
+        messages = sum(tokens > 0 for tokens in gathered)
+        if host.query_rows and plan.hosts > 1:
+            # The running query's partial attention: float32 output and LSE of every query head.
+            sent_bytes += (plan.hosts - 1) * host.query_rows * shape.heads * (shape.head_dim + 1) * 4
+            messages += 1
     return HostCost(
         rows=host.rows,
         pairs=pairs,
-        attention_flops=4 * pairs * shape.head_dim * shape.heads,
+        attention_flops=4 * pairs * shape.head_dim,
         linear_flops=host.rows * shape.linear_flops_per_token,
-        sent_bytes=sent,
+        sent_bytes=sent_bytes,
         messages=messages,
-        cache_bytes=host.block_rows * kv_bytes,
+        cache_bytes=host.held_rows * shape.kv_bytes,
     )

@@ -1,17 +1,17 @@
 """The walk of one question: agree on a plan, prefill, ask, decode greedily. The same code on every host."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from apb.context import Trace
-from apb.costs import HostCost, host_cost
+from apb.costs import HostCost
 from apb.hf import Session, model_shape
 from apb.methods import Method
 from apb.parallel.host import Counters, Host
@@ -30,18 +30,34 @@ class Generation:
         plan: how the document was split.
         cost: what the plan says one layer costs this host.
         counters: what this host sent.
+        logits: `[batch, vocab]`, after the question: what the first new token is chosen by.
+        pairs: query–key pairs that this host scored in each layer of the prefill, summed over the query heads.
         phase_ms: time by phase; "prefill" contains "compress", "pass" and "attend".
         peak_bytes: most memory in use on this host's GPU; 0 on a CPU.
         kept: per (layer, block) of this host, the kept document positions.
+        indices: per layer, the sparse index of a method that builds one.
     """
 
     tokens: Int[Tensor, "batch new"]
     plan: ContextPlan
     cost: HostCost
     counters: Counters
+    logits: Float[Tensor, "batch vocab"] = field(repr=False)
+    pairs: dict[int, int]
     phase_ms: dict[str, float]
     peak_bytes: int
     kept: dict[tuple[int, int], Tensor] = field(repr=False)
+    indices: dict[int, Any] = field(repr=False)
+
+    def to(self, device: torch.device | str) -> "Generation":
+        """Return the same with its tensors on another device."""
+        return replace(
+            self,
+            tokens=self.tokens.to(device),
+            logits=self.logits.to(device),
+            kept={key: kept.to(device) for key, kept in self.kept.items()},
+            indices={layer: index.to(device) for layer, index in self.indices.items()},
+        )
 
 
 def generate(
@@ -69,7 +85,7 @@ def generate(
         on_token: called with (number, `[batch]` ids) of each new token.
         on_phase: called with (phase, 0, 0) as each phase starts, and with ("prefill", done, total) after each layer.
         timed: measure the phases.
-        keep_indices: note in `kept` which positions each layer passed on.
+        keep_indices: note in `kept` and `indices` what each layer chose.
 
     Raises:
         ValueError: an argument out of range, or a plan that is not possible.
@@ -81,17 +97,15 @@ def generate(
     for name in ("document", "query"):
         if getattr(prompt, name).shape[-1] == 0:
             raise ValueError(f"{name}: it is empty; expected at least 1 token")
-    trace, started = (
-        Trace(timed=timed, keep_indices=keep_indices, device=host.device),
-        on_phase or (lambda name, done, total: None),
-    )
     device = host.device
+    trace = Trace(timed=timed, keep_indices=keep_indices, counted=True, device=device)
+    started = on_phase or (lambda name, done, total: None)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
     started("plan", 0, 0)
     with trace.phase("plan"), host.together("plan"):
-        shape = model_shape(model.config)
+        shape = replace(model_shape(model.config), bytes_per_value=model.dtype.itemsize)
         plan = method.plan(
             tokens=prompt.document.shape[-1],
             hosts=host.world_size,
@@ -116,11 +130,14 @@ def generate(
     return Generation(
         tokens=tokens,
         plan=plan,
-        cost=host_cost(plan, host.rank, shape),
+        cost=method.cost(plan, host.rank, shape),
         counters=host.counters,
+        logits=logits,
+        pairs=trace.pairs,
         phase_ms=trace.phase_ms,
         peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
         kept=trace.kept,
+        indices=trace.indices,
     )
 
 

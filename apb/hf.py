@@ -20,7 +20,6 @@ from apb.compress.compressor import Projections
 from apb.context import Context, Trace
 from apb.costs import ModelShape
 from apb.methods import Method
-from apb.parallel.decode import start_attend_over_hosts
 from apb.parallel.host import Host
 from apb.plan import ContextPlan
 from apb.projections import capture_projections
@@ -102,7 +101,7 @@ class Session:
         self.trace = trace or Trace()
         self.on_layer = on_layer or (lambda done, total: None)
         self.tokens = 0
-        """Positions used so far, on all hosts together."""
+        """The next position: what has been run, on all hosts together (fewer where positions are reused)."""
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
         """This host's cache by layer, `[batch, kv_heads, tokens, dim]`: its blocks, and on the owner what follows."""
@@ -146,7 +145,7 @@ class Session:
             self._prefilling = True
             hidden = self._run(ids, positions) if share.rows else self._keep_up(len(ids))
             self._prefilling = False
-        self.tokens = self.plan.tokens + share.query_rows
+        self.tokens = self.plan.next_position + share.query_rows
         return hidden
 
     @torch.inference_mode()
@@ -214,35 +213,30 @@ class Session:
             found = {name: self._projections.pop((layer, name)) for name in "qkv" if (layer, name) in self._projections}
             projections = Projections(**found) if found else None
             out = self.method.attend(q, k, v, Context(self.plan, self.host, layer, scale, projections, self.trace))
-            last = share.rows if owns else share.rows - share.query_rows
-            self._append(layer, k[:, :, share.anchor_rows : last], v[:, :, share.anchor_rows : last])
+            query = slice(share.rows - share.query_rows, share.rows)
+            kept = [*share.held_spans, query] if owns else share.held_spans
+            for rows in kept:
+                self._append(layer, k[:, :, rows], v[:, :, rows], room=share.rows)
             self.on_layer(layer + 1, self.model.config.num_hidden_layers)
             return out
         if owns:
             self._append(layer, k, v)
-        return start_attend_over_hosts(
-            q,
-            self.keys[layer],
-            self.values[layer],
-            self.host,
-            owner=self.plan.owner,
-            scale=scale,
-            backend=self.method.backend,
-        ).wait()
+        context = Context(self.plan, self.host, layer, scale, trace=self.trace)
+        return self.method.decode(q, self.keys[layer], self.values[layer], context)
 
-    def _append(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Put new keys and values behind the cached ones, in room kept for a few hundred more."""
+    def _append(self, layer: int, k: Tensor, v: Tensor, room: int = 0) -> None:
+        """Put new keys and values behind the cached ones, in room made for `room` tokens and a few hundred more."""
         for name, cache, new in (("k", self.keys, k), ("v", self.values, v)):
             start = cache[layer].shape[2] if layer in cache else 0
             stop = start + new.shape[2]
-            room = self._spare.get((layer, name))
-            if room is None or room.shape[2] < stop:
-                room = new.new_empty(*new.shape[:2], stop + _SPARE_TOKENS, new.shape[3])
+            spare = self._spare.get((layer, name))
+            if spare is None or spare.shape[2] < stop:
+                spare = new.new_empty(*new.shape[:2], max(room, stop) + _SPARE_TOKENS, new.shape[3])
                 if start:
-                    room[:, :, :start] = cache[layer]
-                self._spare[layer, name] = room
-            room[:, :, start:stop] = new
-            cache[layer] = room[:, :, :stop]
+                    spare[:, :, :start] = cache[layer]
+                self._spare[layer, name] = spare
+            spare[:, :, start:stop] = new
+            cache[layer] = spare[:, :, :stop]
 
 
 def _check_rope(config: Any, plan: ContextPlan) -> None:

@@ -73,7 +73,7 @@ def merge_pair(
     Args:
         out1: first partial output.
         lse1: its LSE, natural log, float32.
-        out2: second partial output, over other keys.
+        out2: second partial output, over other keys, in any dtype.
         lse2: its LSE.
 
     Returns:
@@ -87,4 +87,4 @@ def merge_pair(
             f"out1, out2 and lse1, lse2 must agree in shape; got {list(out1.shape)}, {list(out2.shape)} "
             f"and {list(lse1.shape)}, {list(lse2.shape)}"
         )
-    return merge(torch.stack((out1, out2)), torch.stack((lse1, lse2)))
+    return merge(torch.stack((out1, out2.to(out1.dtype))), torch.stack((lse1, lse2)))

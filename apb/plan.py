@@ -21,12 +21,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from apb.blocks import Block, HostPlan
+from apb.blocks import Block, HostPlan, cut_blocks
 
 __all__ = ["Block", "ContextPlan", "HostPlan", "Layout", "QueryIn", "plan_context"]
 
 Layout = Literal["contiguous", "zigzag"]
-QueryIn = Literal["anchor", "prefill"]
+QueryIn = Literal["anchor", "prefill", "after"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,8 @@ class ContextPlan:
     query_in: QueryIn
     anchor_on_first: bool
     layout: Layout
+    shared_prefix: bool
+    reuse_positions: bool
 
     @property
     def blocks_per_host(self) -> int:
@@ -50,8 +52,9 @@ class ContextPlan:
 
     @property
     def block_tokens(self) -> int:
-        """l_b = ceil(n / number of blocks); the last blocks may be shorter, or empty."""
-        return -(-self.tokens // (self.hosts * self.blocks_per_host))
+        """l_b = ceil(n / number of blocks), a shared prefix apart; the last blocks may be shorter, or empty."""
+        cut = self.tokens - (self.anchor if self.shared_prefix else 0)
+        return -(-cut // (self.hosts * self.blocks_per_host))
 
     @property
     def anchor_rows(self) -> int:
@@ -61,42 +64,31 @@ class ContextPlan:
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
         """All blocks in the document's order."""
-        count = self.hosts * self.blocks_per_host
-        blocks, passed = [], 0
-        for index in range(count):
-            start, stop = (min(i * self.block_tokens, self.tokens) for i in (index, index + 1))
-            skipped = min(self.anchor, stop - start) if index == 0 else 0
-            kept = 0 if index == count - 1 else min(self.passing, stop - start - skipped)
-            rank = index if index < self.hosts else 2 * self.hosts - 1 - index
-            blocks.append(
-                Block(
-                    index=index,
-                    rank=rank,
-                    start=start,
-                    stop=stop,
-                    skipped=skipped,
-                    kept_tokens=kept,
-                    passing_tokens=passed,
-                )
-            )
-            passed += kept
-        return tuple(blocks)
+        return cut_blocks(
+            start=self.anchor if self.shared_prefix else 0,
+            stop=self.tokens,
+            hosts=self.hosts,
+            zigzag=self.layout == "zigzag",
+            skipped=0 if self.shared_prefix else self.anchor,
+            passing=self.passing,
+            anchor_on_all=self.shared_prefix,
+        )
 
     @cached_property
     def host_plans(self) -> tuple[HostPlan, ...]:
         """Every host's share, in rank order."""
-        held: list[list[Block]] = [[] for _ in range(self.hosts)]
-        for block in self.blocks:
-            held[block.rank].append(block)
         plans = []
-        for rank, blocks in enumerate(held):
-            needs_anchor = any(block.tokens if block.sees_anchor else self.anchor_on_first for block in blocks)
+        for rank in range(self.hosts):
+            blocks = tuple(block for block in self.blocks if block.rank == rank)
+            keeps = self.shared_prefix and rank == self.owner
+            needs = any(block.tokens if block.sees_anchor else self.anchor_on_first for block in blocks)
             plans.append(
                 HostPlan(
                     rank=rank,
-                    anchor_rows=self.anchor_rows if needs_anchor else 0,
-                    blocks=tuple(blocks),
+                    anchor_rows=self.anchor_rows if needs or keeps else 0,
+                    blocks=blocks,
                     query_rows=self.query if self.query_in == "prefill" else 0,
+                    keeps_anchor=keeps,
                 )
             )
         return tuple(plans)
@@ -143,7 +135,7 @@ class ContextPlan:
         if x.shape[dim] != self.tokens:
             raise ValueError(f"x: {x.shape[dim]} tokens along dim {dim}, the plan is for {self.tokens}")
         return [
-            torch.cat([x.narrow(dim, block.start, block.tokens) for block in host.blocks], dim=dim)
+            torch.cat([x.narrow(dim, start, stop - start) for start, stop in host.held_tokens], dim=dim)
             for host in self.host_plans
         ]
 
@@ -153,15 +145,15 @@ class ContextPlan:
         Raises:
             ValueError: not one part a host, or a part of another length than the plan gives that host.
         """
-        expected = [host.block_rows for host in self.host_plans]
+        expected = [host.held_rows for host in self.host_plans]
         lengths = [part.shape[dim] for part in parts]
         if lengths != expected:
             raise ValueError(f"parts: lengths {lengths} along dim {dim}, the plan's hosts hold {expected}")
-        pieces: dict[int, Tensor] = {}
+        pieces: dict[tuple[int, int], Tensor] = {}
         for host, part in zip(self.host_plans, parts, strict=True):
-            cut = torch.split(part, [block.tokens for block in host.blocks], dim=dim)
-            pieces.update({block.index: piece for block, piece in zip(host.blocks, cut, strict=True)})
-        return torch.cat([pieces[block.index] for block in self.blocks], dim=dim)
+            cut = torch.split(part, [stop - start for start, stop in host.held_tokens], dim=dim)
+            pieces.update(zip(host.held_tokens, cut, strict=True))
+        return torch.cat([pieces[held] for held in sorted(pieces)], dim=dim)
 
     def host_rows(
         self, rank: int, document: Int[Tensor, "*batch tokens"], query: Int[Tensor, "*batch query"]
@@ -187,17 +179,26 @@ class ContextPlan:
     def positions(self, rank: int) -> Int[Tensor, " rows"]:
         """Return the RoPE position of each of host `rank`'s rows.
 
-        The anchor counts 0 … l_a + l_q − 1, blocks have their true positions, a running query follows the document.
+        The anchor counts 0 … l_a + l_q − 1; blocks have their true positions, or, reused, all begin where the anchor
+        ends; a running query begins at `next_position`.
         """
         host = self.host(rank)
         parts = [torch.arange(host.anchor_rows)]
-        parts += [torch.arange(block.start, block.stop) for block in host.blocks]
-        parts.append(torch.arange(self.tokens, self.tokens + host.query_rows))
+        for block in host.blocks:
+            first = self.anchor_rows if self.reuse_positions else block.start
+            parts.append(torch.arange(first, first + block.tokens))
+        parts.append(torch.arange(self.next_position, self.next_position + host.query_rows))
         return torch.cat(parts)
+
+    @property
+    def next_position(self) -> int:
+        """The RoPE position of what follows the document: n, or behind the longest block if positions are reused."""
+        return self.anchor_rows + self.block_tokens if self.reuse_positions else self.tokens
 
     def __str__(self) -> str:
         """Describe the plan, a line a block."""
-        place = f"in the {self.query_in}" if self.query_in == "prefill" or self.anchor else "after the prefill"
+        inside = self.query_in == "prefill" or (self.query_in == "anchor" and self.anchor)
+        place = f"in the {self.query_in}" if inside else "after the prefill"
         query = f"query {self.query} {place}" if self.query else "no query"
         lines = [
             f"{self.tokens} tokens over {self.hosts} host{'s' * (self.hosts > 1)}, {self.layout}: "
@@ -205,11 +206,10 @@ class ContextPlan:
             "rank  block  tokens               anchor rows  receives  passes on",
         ]
         for host in self.host_plans:
-            for block in host.blocks:
-                span = f"[{block.start}, {block.stop})"
+            for b in host.blocks:
                 lines.append(
-                    f"{host.rank:>4}  {block.index:>5}  {span:<19}  {host.anchor_rows:>11}  "
-                    f"{block.passing_tokens:>8}  {block.kept_tokens:>9}"
+                    f"{host.rank:>4}  {b.index:>5}  {f'[{b.start}, {b.stop})':<19}  {host.anchor_rows:>11}  "
+                    f"{b.passing_tokens:>8}  {b.kept_tokens:>9}"
                 )
         return "\n".join(lines)
 
@@ -225,21 +225,28 @@ def plan_context(
     query_in: QueryIn = "anchor",
     anchor_on_first: bool = False,
     layout: Layout = "contiguous",
+    shared_prefix: bool = False,
+    reuse_positions: bool = False,
 ) -> ContextPlan:
     """Split a document of `tokens` tokens over `hosts` hosts (APB section 3.2).
 
     Args:
         tokens: n, document tokens, ≥ 1. The query is not among them.
         hosts: H ≥ 1. With more hosts than tokens the last ones hold nothing.
-        anchor: l_a, document tokens in the anchor, 0 ≤ l_a ≤ block_tokens; 0 is no anchor, so no query in it either.
+        anchor: l_a, document tokens in the anchor, 0 ≤ l_a ≤ block_tokens (a shared prefix: ≤ n); 0 is no anchor, so
+            no query in it either.
         passing: l_p ≥ 0, the most tokens each block passes on.
         query: l_q ≥ 0, query tokens. 0 gives a query-free plan, whose caches serve any question.
         query_offset: s, document tokens before the query in the anchor, 0 ≤ s ≤ l_a; without a query there, ignored.
         query_in: "anchor" embeds the query in the anchor (APB); "prefill" lets it run along behind every host's
-            block (Spava), so that compressors can read its vectors while the prefill is under way.
+            block (Spava), so that compressors can read its vectors while the prefill is under way; "after" leaves it
+            to the caches (Star Attention, and all exact methods), which then serve any question.
         anchor_on_first: let the host of the first block run the anchor's rows too, without attending to them; for
             compressors that read the vectors of the query inside the anchor.
         layout: "contiguous" gives host r block r; "zigzag" cuts 2H blocks and gives it blocks r and 2H − 1 − r.
+        shared_prefix: the anchor's tokens belong to no block: the blocks split what follows them, every block sees
+            them, and the owner keeps their keys (APE). Without a query among them.
+        reuse_positions: every block begins at the position where the anchor ends (APE).
 
     Raises:
         ValueError: naming the argument, what came, what was expected and the way out.
@@ -254,12 +261,11 @@ def plan_context(
     ):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name}: expected an integer ≥ {least}, got {value!r}")
-    for name, value, choices in (
-        ("layout", layout, get_args(Layout)),
-        ("query_in", query_in, get_args(QueryIn)),
-    ):
+    for name, value, choices in (("layout", layout, get_args(Layout)), ("query_in", query_in, get_args(QueryIn))):
         if value not in choices:
             raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
+    if reuse_positions and not shared_prefix:
+        raise ValueError("reuse_positions: blocks that begin where the anchor ends need shared_prefix=True, got False")
     plan = ContextPlan(
         tokens=tokens,
         hosts=hosts,
@@ -270,8 +276,15 @@ def plan_context(
         query_in=query_in,
         anchor_on_first=anchor_on_first,
         layout=layout,
+        shared_prefix=shared_prefix,
+        reuse_positions=reuse_positions,
     )
-    if anchor > plan.block_tokens:
+    if shared_prefix and (anchor > tokens or plan.anchor_rows > anchor):
+        raise ValueError(
+            f"anchor: a shared prefix of {anchor} tokens with {plan.anchor_rows - anchor} of the query among them; "
+            f"expected at most the document's {tokens} tokens, and query_in='after' or 'prefill'"
+        )
+    if anchor > plan.block_tokens and not shared_prefix:
         raise ValueError(
             f"anchor: {anchor} tokens reach into the second block, whose tokens would be seen twice; expected at "
             f"most block_tokens = {plan.block_tokens}. Use a shorter anchor or fewer hosts"
@@ -281,7 +294,7 @@ def plan_context(
             f"query_offset: the query follows {query_offset} document tokens in the anchor, which has {anchor}; "
             f"expected at most {anchor}. Use a longer anchor, or query_in='prefill'"
         )
-    if len(plan.blocks) > 1 and plan.anchor_rows > plan.block_tokens:
+    if len(plan.blocks) > 1 and plan.anchor_rows > max(anchor, plan.block_tokens):
         raise ValueError(
             f"query: {query} tokens beside an anchor of {anchor} take positions 0 … {plan.anchor_rows - 1}, past the "
             f"start of the second block at {plan.block_tokens}; expected at most {plan.block_tokens - anchor} query "

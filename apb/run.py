@@ -2,22 +2,22 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from apb.attend import Backend
-from apb.compress import TRAINING_FREE, Compressor, RetainingHead, load_retaining_head
+from apb.compress import RetainingHead, load_retaining_head
 from apb.costs import HostCost
 from apb.generate import Generation, generate
 from apb.hf import model_shape, share_weights
-from apb.methods import APB, Flash, Method
+from apb.methods import METHODS, Method, make_method
 from apb.models import DEMO_MODEL, demo_model, load_model, load_tokenizer
 from apb.parallel import Host, host_from_env, run_processes, run_simulated, run_threads
-from apb.plan import ContextPlan, Layout, QueryIn
-from apb.prompt import Prompt, build_prompt
+from apb.plan import ContextPlan
+from apb.prompt import build_prompt
 
 __all__ = ["HostKind", "HostReport", "Job", "Report", "run_job"]
 
@@ -29,36 +29,39 @@ OnPhase = Callable[[str, int, int], None]
 class Job:
     """What to run.
 
-    `hosts` of None is the ranks of torchrun, or one; `anchor` and `passing` of None are a quarter and an eighth of a
-    block, as in the paper at 128K.
+    `method` is a name of `apb.methods.METHODS`, with settings if need be ("star:anchor=1024"); `settings` are further
+    ones, by name. `hosts` of None is the ranks of torchrun, or one.
     """
 
     model: str
     document: str = field(repr=False)
     query: str
     answer_prefix: str = ""
-    method: Literal["apb", "flash"] = "apb"
+    method: str = "apb"
+    settings: dict[str, Any] = field(default_factory=dict)
+    heads: Path | None = None
     hosts: int | None = None
     host_kind: HostKind = "auto"
-    anchor: int | None = None
-    passing: int | None = None
-    compressor: str = "query-aware"
-    heads: Path | None = None
-    query_in: QueryIn = "anchor"
-    layout: Layout = "contiguous"
     backend: Backend = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_new_tokens: int = 32
     timeout_s: float = 300.0
+    keep_indices: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class HostReport:
-    """What one host held, computed, sent and spent."""
+    """What one host held, computed, sent and spent.
+
+    `pairs` were scored in a layer of the prefill, summed over the query heads, the mean over the layers;
+    `of_exact` is their share of what exact attention on one host scores.
+    """
 
     rank: int
     device: str
     cost: HostCost
+    pairs: float
+    of_exact: float
     sent_bytes: dict[str, int]
     messages: dict[str, int]
     phase_ms: dict[str, float]
@@ -67,15 +70,21 @@ class HostReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """The answer and how it came about; `hosts` in rank order."""
+    """The answer and how it came about; `hosts` in rank order, `generation` as rank 0 saw it."""
 
     answer: str
     tokens: list[int]
     plan: ContextPlan
+    title: str
     method: str
     host_kind: str
     wall_s: float
     hosts: list[HostReport]
+    generation: Generation = field(repr=False)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return everything but the tensors."""
+        return asdict(replace(self, generation=None))
 
 
 def run_job(job: Job, *, on_phase: OnPhase | None = None, here: bool = False) -> Report | None:
@@ -97,8 +106,9 @@ def run_job(job: Job, *, on_phase: OnPhase | None = None, here: bool = False) ->
         raise ValueError(f"timeout: expected seconds, more than 0 and at most 1e6, got {job.timeout_s}")
     if job.max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: expected at least 1, got {job.max_new_tokens}")
-    if job.heads is not None and job.compressor != "retaining-head":
-        raise ValueError(f"heads: {job.heads} is for the compressor 'retaining-head', got {job.compressor!r}")
+    if job.heads is not None and job.settings.get("compressor") != "retaining-head":
+        got = job.settings.get("compressor")
+        raise ValueError(f"heads: {job.heads} is for the compressor 'retaining-head', got {got!r}")
     started = time.perf_counter()
     host = None if here else host_from_env(timeout_s=job.timeout_s)
     if host is not None:
@@ -115,15 +125,17 @@ def run_job(job: Job, *, on_phase: OnPhase | None = None, here: bool = False) ->
             return None
     else:
         kind, parts = _start_hosts(job, on_phase)
-    answer, tokens, plan, method, _ = parts[0]
+    answer, tokens, method, generation, _ = parts[0]
     return Report(
         answer=answer,
         tokens=tokens,
-        plan=plan,
+        plan=generation.plan,
+        title=METHODS[job.method.partition(":")[0]].title,
         method=method,
         host_kind=kind,
         wall_s=time.perf_counter() - started,
         hosts=[part[-1] for part in parts],
+        generation=generation,
     )
 
 
@@ -158,7 +170,7 @@ def _load(job: Job, device: torch.device) -> Any:
 
 def _answer(
     host: Host, job: Job, on_phase: OnPhase | None = None, model: Any = None
-) -> tuple[str, list[int], ContextPlan, str, HostReport]:
+) -> tuple[str, list[int], str, Generation, HostReport]:
     """Do one host's share; the same on every host."""
     tell = on_phase if host.rank == 0 and on_phase else lambda name, done, total: None
     tell("load", 0, 0)
@@ -166,7 +178,7 @@ def _answer(
         tokenizer = load_tokenizer(job.model)
         model = _load(job, host.device) if model is None else share_weights(model)
         prompt = build_prompt(tokenizer, job.document, job.query, answer_prefix=job.answer_prefix)
-        method = _method(job, prompt, model, host.world_size)
+        method = _method(job, model)
     stop = model.generation_config.eos_token_id
     result: Generation = generate(
         model,
@@ -176,48 +188,38 @@ def _answer(
         max_new_tokens=job.max_new_tokens,
         stop_tokens=[] if stop is None else [stop] if isinstance(stop, int) else stop,
         on_phase=tell,
+        keep_indices=job.keep_indices,
     )
     tokens = result.tokens[0].tolist()
     cuda = host.device.type == "cuda"
+    heads, n = model.config.num_attention_heads, result.plan.tokens
+    pairs = sum(result.pairs.values()) / model.config.num_hidden_layers
     report = HostReport(
         rank=host.rank,
         device=torch.cuda.get_device_name(host.device) if cuda else "CPU",
         cost=result.cost,
+        pairs=pairs,
+        of_exact=pairs / (heads * n * (n + 1) / 2),
         sent_bytes=dict(result.counters.sent_bytes),
         messages=dict(result.counters.messages),
         phase_ms=result.phase_ms,
         peak_bytes=result.peak_bytes,
     )
     text = job.answer_prefix + tokenizer.decode(tokens, skip_special_tokens=True)
-    return text.strip(), tokens, result.plan, repr(method), report
+    return text.strip(), tokens, repr(method), result.to("cpu"), report
 
 
-def _method(job: Job, prompt: Prompt, model: Any, hosts: int) -> Method:
-    if job.method == "flash":
-        return Flash(backend=job.backend)
-    several_blocks = hosts > 1 or job.layout == "zigzag"
-    block = -(-prompt.document.shape[-1] // (hosts * (2 if job.layout == "zigzag" else 1)))
-    anchor = job.anchor
-    if anchor is None:
-        anchor = max(block // 4, prompt.prefix_tokens) if several_blocks else 0
-    return APB(
-        anchor=anchor,
-        passing=block // 8 if job.passing is None else job.passing,
-        compressor=_compressor(job, model),
-        query_in=job.query_in,
-        layout=job.layout,
-        backend=job.backend,
-    )
+def _method(job: Job, model: Any) -> Method:
+    settings = dict(job.settings)
+    if settings.get("compressor") == "retaining-head":
+        settings["compressor"] = _retaining_head(job.heads, model)
+    return make_method(job.method, backend=job.backend, **settings)
 
 
-def _compressor(job: Job, model: Any) -> Compressor:
-    if job.compressor in TRAINING_FREE:
-        return TRAINING_FREE[job.compressor]()
-    if job.compressor != "retaining-head":
-        raise ValueError(f"compressor: expected one of {[*TRAINING_FREE, 'retaining-head']}, got {job.compressor!r}")
-    if job.heads is None:
+def _retaining_head(path: Path | None, model: Any) -> RetainingHead:
+    if path is None:
         raise ValueError("heads: the retaining head needs a checkpoint; give its file with --heads")
-    heads: RetainingHead = load_retaining_head(job.heads)
+    heads = load_retaining_head(path)
     shape = model_shape(model.config)
     heads.check_fits(layers=shape.layers, heads=shape.heads, kv_heads=shape.kv_heads, head_dim=shape.head_dim)
     return heads.to(model.device, model.dtype)

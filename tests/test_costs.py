@@ -41,7 +41,7 @@ def test_an_inner_host_costs_the_papers_formulas(hosts):
         cost = host_cost(plan, rank, SHAPE)
         rows = a + q if rank else 0
         pairs = rows * (rows + 1) // 2 + b * (rows + rank * p) + b * (b + 1) // 2
-        assert (cost.rows, cost.pairs) == (rows + b, pairs)
+        assert (cost.rows, cost.pairs) == (rows + b, SHAPE.heads * pairs)
         assert cost.attention_flops == 4 * pairs * SHAPE.head_dim * SHAPE.heads
         weights = 64 * (4 + 2 + 2) * 16 + 4 * 16 * 64 + 3 * 64 * 96
         assert cost.linear_flops == 2 * cost.rows * weights

@@ -95,7 +95,7 @@ def test_a_scale_that_is_none():
         (APB(anchor=2, passing=1), {"query": 0}, "query: QueryAware reads the question, but there are 0 query tokens"),
         (APB(anchor=0, passing=1), {}, r"query: QueryAware reads the question.*an anchor of 0.*SnapKV\(\)"),
         (APB(anchor=0, passing=1, layout="zigzag"), {"hosts": 1}, "query: QueryAware reads the question"),
-        (Flash(), {}, "hosts: flash attention runs on one host, got 2; use APB"),
+        (Flash(), {}, "hosts: flash attention runs on one host, got 2; use Ring"),
     ],
 )
 def test_plans_that_a_method_cannot_make(method, asked, says):
@@ -233,7 +233,7 @@ def test_a_model_without_the_projections_a_retaining_head_reads():
         model_shape(GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=97)).config)
 
 
-UNUSED_MODEL = SimpleNamespace(config=tiny_model().config)  # nothing that could run
+UNUSED_MODEL = SimpleNamespace(config=tiny_model().config, dtype=torch.float32)  # nothing that could run
 
 
 def prompt(**changes):

@@ -140,7 +140,7 @@ def test_the_text_names_every_block(plan):
         ({"query_offset": -1}, "query_offset: expected an integer ≥ 0, got -1"),
         ({"query_offset": 3}, "query_offset: the query follows 3 document tokens in the anchor, which has 2"),
         ({"layout": "ring"}, r"layout: expected one of \('contiguous', 'zigzag'\), got 'ring'"),
-        ({"query_in": "both"}, r"query_in: expected one of \('anchor', 'prefill'\), got 'both'"),
+        ({"query_in": "both"}, r"query_in: expected one of \('anchor', 'prefill', 'after'\), got 'both'"),
         ({"anchor": 7}, "anchor: 7 tokens reach into the second block.*at most block_tokens = 6.*fewer hosts"),
         ({"anchor": 4, "layout": "zigzag"}, "anchor: 4 tokens reach into the second block.*block_tokens = 3"),
         ({"query": 5}, "query: 5 tokens beside an anchor of 2 .*0 … 6.*second block at 6.*at most 4 query"),

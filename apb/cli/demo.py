@@ -5,7 +5,6 @@ import json
 import os
 import random
 import sys
-from dataclasses import asdict
 from importlib.resources import files
 
 from apb.cli.generate import add_host_arguments, describe, job_from, run_and_compare
@@ -63,7 +62,9 @@ def run(arguments: argparse.Namespace) -> int:
         return 0  # another rank prints
     found = [key in report.answer for report in reports]
     if arguments.json:
-        print(json.dumps([asdict(report) | {"right": ok} for report, ok in zip(reports, found, strict=True)], indent=2))
+        print(
+            json.dumps([report.as_json() | {"right": ok} for report, ok in zip(reports, found, strict=True)], indent=2)
+        )
     else:
         for report, ok in zip(reports, found, strict=True):
             print(f"\n{describe(report)}\n{'Right' if ok else 'Wrong'}: the key is {key}.")

@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,6 +11,7 @@ from apb.attend import Backend
 from apb.cli.progress import show_phase
 from apb.cli.table import table
 from apb.compress import TRAINING_FREE
+from apb.methods import METHODS
 from apb.plan import Layout, QueryIn
 from apb.run import HostKind, Job, Report, run_job
 
@@ -22,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="a local directory, a hub id, or SmolLM2-135M-Instruct")
     parser.add_argument("--document", required=True, help="a text file; - reads standard input")
     parser.add_argument("--query", required=True, help="the question")
+    parser.add_argument("--method", default="apb", help=f"{', '.join(METHODS)}; with settings: star:anchor=1024")
     parser.add_argument("--answer-prefix", default="", help="how the answer begins")
     parser.add_argument("--max-new-tokens", type=int, default=32)
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
@@ -36,15 +38,15 @@ def add_host_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--host-kind", choices=get_args(HostKind), default="auto", help="auto: processes, or threads on one GPU"
     )
-    parser.add_argument("--anchor", type=int, help="document tokens in the anchor (default: a quarter of a block)")
+    parser.add_argument("--anchor", type=int, help="document tokens in the anchor (APB: a quarter of a block)")
     parser.add_argument("--passing", type=int, help="tokens each block passes on (default: an eighth of a block)")
-    parser.add_argument("--compressor", choices=(*TRAINING_FREE, "retaining-head"), default="query-aware",
-                        help="chooses the tokens that are passed on (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--compressor", choices=(*TRAINING_FREE, "retaining-head"),
+                        help="chooses the tokens that are passed on (default: query-aware)")  # fmt: skip
     parser.add_argument("--heads", type=Path, help="checkpoint of the retaining heads")
-    parser.add_argument("--query-in", choices=get_args(QueryIn), default="anchor",
-                        help="where the question is during the prefill (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--layout", choices=get_args(Layout), default="contiguous",
-                        help="one block a host, or two for balance (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--query-in", choices=get_args(QueryIn),
+                        help="where the question is during the prefill (default: anchor)")  # fmt: skip
+    parser.add_argument("--layout", choices=get_args(Layout),
+                        help="one block a host, or two for balance (default: contiguous)")  # fmt: skip
     parser.add_argument("--backend", choices=get_args(Backend), default="auto",
                         help="who computes attention (default: triton on CUDA, sdpa on CPU)")  # fmt: skip
     parser.add_argument("--timeout", type=float, default=300.0, help="longest wait for another host, in seconds")
@@ -57,6 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         model=arguments.model,
         document=_read(arguments.document),
         query=arguments.query,
+        method=arguments.method,
         answer_prefix=arguments.answer_prefix,
         max_new_tokens=arguments.max_new_tokens,
         dtype=arguments.dtype,
@@ -65,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not reports:
         return 0  # another rank prints
     if arguments.json:
-        print(json.dumps([asdict(report) for report in reports], indent=2))
+        print(json.dumps([report.as_json() for report in reports], indent=2))
     else:
         print("\n\n".join(describe(report) for report in reports))
     return 0
@@ -73,8 +76,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def job_from(arguments: argparse.Namespace, **what: Any) -> Job:
     """Make a job of the host arguments and `what` else it needs."""
-    where = ("hosts", "host_kind", "anchor", "passing", "compressor", "heads", "query_in", "layout", "backend")
-    return Job(**{name: getattr(arguments, name) for name in where}, timeout_s=arguments.timeout, **what)
+    where = {name: getattr(arguments, name) for name in ("hosts", "host_kind", "heads", "backend")}
+    names = ("anchor", "passing", "compressor", "query_in", "layout")
+    settings = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    return Job(**where, settings=settings, timeout_s=arguments.timeout, **what)
 
 
 def run_and_compare(job: Job, *, compare: bool) -> list[Report]:
@@ -85,7 +90,7 @@ def run_and_compare(job: Job, *, compare: bool) -> list[Report]:
     reports = [report]
     if compare:
         print("The same question with exact attention on one host", file=sys.stderr, flush=True)
-        exact = replace(job, method="flash", hosts=1, host_kind="threads")
+        exact = replace(job, method="flash", settings={}, heads=None, hosts=1, host_kind="threads")
         answer = run_job(exact, on_phase=show_phase, here=True)
         reports += [answer] if answer else []
     show_phase("done", 0, 0)
@@ -95,14 +100,12 @@ def run_and_compare(job: Job, *, compare: bool) -> list[Report]:
 def describe(report: Report) -> str:
     """Lay out a report: the answer, what each host held, passed and computed, and the phases' times."""
     plan = report.plan
-    exact = len(plan.blocks) == 1
     lines = [
         f"Answer: {report.answer}",
-        f"{'Exact attention' if exact else 'APB'} on {report.host_kind} ({report.hosts[0].device}), "
+        f"{report.title} on {report.host_kind} ({report.hosts[0].device}), "
         f"{plan.tokens} document tokens, {report.wall_s:.1f} s in all",
+        f"{report.method}, question of {plan.query} tokens",
     ]
-    if not exact:
-        lines.append(f"{report.method}, question of {plan.query} tokens")
     rows = []
     for host in report.hosts:
         share = plan.host(host.rank)
@@ -114,12 +117,13 @@ def describe(report: Report) -> str:
                 share.anchor_rows,
                 sum(block.passing_tokens for block in share.blocks),
                 sum(block.kept_tokens for block in share.blocks),
-                f"{host.cost.pairs:,}",
+                f"{host.pairs:,.0f}",
+                f"{host.of_exact:.1%}",
                 f"{sum(host.sent_bytes.values()) / 1e6:.2f}",
                 sum(host.messages.values()),
             )
         )
-    head = ("host", "holds", "anchor rows", "receives", "passes", "pairs/layer/head", "sent MB", "messages")
+    head = ("host", "holds", "anchor rows", "receives", "passes", "pairs/layer", "of exact", "sent MB", "messages")
     lines += ["", table(head, rows), ""]
     phases = list(report.hosts[0].phase_ms)
     times = [(host.rank, *(f"{host.phase_ms.get(name, 0.0):,.0f}" for name in phases)) for host in report.hosts]

@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from apb.attend import Backend, masked_attention
 from apb.compress.compressor import Candidates, Compressor, Document, Need, Projections
 from apb.compress.query_aware import QueryAware
 from apb.context import Context
+from apb.methods.method import Method
 from apb.parallel.decode import start_attend_over_hosts
 from apb.parallel.host import Handle
 from apb.parallel.passing import PassingBlocks, gather_document
@@ -19,28 +19,29 @@ __all__ = ["APB"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class APB:
+class APB(Method):
     """Each host attends to the anchor, to what earlier hosts found worth passing, and to its own block.
 
     Attributes:
-        anchor: l_a, document tokens in the anchor, ≥ 0.
-        passing: l_p, tokens each block passes on, ≥ 0.
+        anchor: l_a, document tokens in the anchor, ≥ 0; None is a quarter of a block, as in the paper at 128K, but
+            not less than the prefix that the question must not precede.
+        passing: l_p, tokens each block passes on, ≥ 0; None is an eighth of a block, as in the paper at 128K.
         compressor: chooses those tokens.
-        query_in: whether the query sits in the "anchor" (the paper) or runs along with the "prefill" (Spava).
+        query_in: whether the query sits in the "anchor" (the paper), runs along with the "prefill" (Spava), or comes
+            "after" it (the caches then serve any question).
         layout: "contiguous" (the paper) or "zigzag" blocks.
-        backend: who computes the attention; decoding knows no "flex" and then takes "auto".
+        backend: who computes the attention.
     """
 
-    anchor: int
-    passing: int
+    anchor: int | None = None
+    passing: int | None = None
     compressor: Compressor = field(default_factory=QueryAware)
     query_in: QueryIn = "anchor"
     layout: Layout = "contiguous"
-    backend: Backend = "auto"
 
     def __post_init__(self) -> None:
         for name, value in (("anchor", self.anchor), ("passing", self.passing)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
                 raise ValueError(f"{name}: expected an integer ≥ 0, got {value!r}")
         if not isinstance(self.compressor, Compressor):
             raise ValueError(f"compressor: expected a Compressor such as QueryAware(), got {self.compressor!r}")
@@ -56,23 +57,28 @@ class APB:
         Raises:
             ValueError: also when the compressor reads the question and the plan would hold it nowhere.
         """
-        several = hosts > 1 or self.layout == "zigzag"  # blocks
-        reads_query = "query" in self.needs and several and self.passing > 0
-        if reads_query and not (query and (self.anchor or self.query_in == "prefill")):
+        blocks = max(1, hosts) * (2 if self.layout == "zigzag" else 1)
+        block = -(-tokens // blocks)
+        anchor, passing = self.anchor, block // 8 if self.passing is None else self.passing
+        if anchor is None:
+            anchor = min(block, max(block // 4, query_offset)) if blocks > 1 else 0
+        reads_query = "query" in self.needs and blocks > 1 and passing > 0
+        inside = anchor > 0 and self.query_in == "anchor"
+        if reads_query and not (query and (inside or self.query_in == "prefill")):
             raise ValueError(
-                f"query: {type(self.compressor).__name__} reads the question, but there are {query} query tokens and "
-                f"an anchor of {self.anchor}; give both, or let the question run along (query_in='prefill'), or use "
-                f"a compressor that does without it (SnapKV(), KeyNorm(), a retaining head)"
+                f"query: {type(self.compressor).__name__} reads the question, but there are {query} query tokens, "
+                f"query_in={self.query_in!r} and an anchor of {anchor}; give both, or let the question run along "
+                f"(query_in='prefill'), or use a compressor that does without it (SnapKV(), KeyNorm(), RetainingHead)"
             )
         return plan_context(
             tokens=tokens,
             hosts=hosts,
-            anchor=self.anchor,
-            passing=self.passing,
+            anchor=anchor,
+            passing=passing,
             query=query,
             query_offset=query_offset,
             query_in=self.query_in,
-            anchor_on_first=reads_query and self.query_in == "anchor",
+            anchor_on_first=reads_query and inside,
             layout=self.layout,
         )
 
@@ -94,12 +100,7 @@ class APB:
             HostFailed: another host failed.
         """
         plan, host, trace = context.plan, context.host, context.trace
-        share = plan.host(host.rank)
-        if (q.shape[2], k.shape[2], v.shape[2]) != (share.rows,) * 3:
-            raise ValueError(
-                f"q, k, v: {q.shape[2]}, {k.shape[2]} and {v.shape[2]} rows, expected {share.rows}, the plan's rows of "
-                f"rank {host.rank}"
-            )
+        share = self.share(q, k, v, context)
         self._check_needs(context)
         passing = PassingBlocks(plan, host)
         with trace.phase("compress"):
@@ -114,17 +115,18 @@ class APB:
         outs = []
         if share.anchor_rows and not share.blocks[0].sees_anchor:  # it runs for the sake of its query's vectors
             anchor = slice(0, share.anchor_rows)
-            outs.append(self._masked(q[:, :, anchor], k[:, :, anchor], v[:, :, anchor], 0, 0, context))
+            outs.append(self.masked(q[:, :, anchor], k[:, :, anchor], v[:, :, anchor], context)[0])
         for slot, (block, span) in enumerate(zip(share.blocks, share.block_spans, strict=True)):
             with trace.phase("pass"):
                 kp, vp = passing.wait(block)
             seen = share.anchor_rows if block.sees_anchor else 0
-            first = (
-                0 if seen and slot == 0 else span.start
-            )  # the anchor's rows ride with the first block that sees them
+            # The anchor's rows ride with the first block that sees them.
+            first = 0 if seen and slot == 0 else span.start
             keys = torch.cat((k[:, :, :seen], kp, k[:, :, span]), dim=2)
             values = torch.cat((v[:, :, :seen], vp, v[:, :, span]), dim=2)
-            outs.append(self._masked(q[:, :, first : span.stop], keys, values, seen, kp.shape[2], context))
+            rows = q[:, :, first : span.stop]
+            out, _ = self.masked(rows, keys, values, context, anchor_tokens=seen, passing_tokens=kp.shape[2])
+            outs.append(out)
         with trace.phase("pass"):
             passing.finish()
             if running is not None:
@@ -149,20 +151,13 @@ class APB:
                 f"Context(projections=Projections(…)), as Session does for Hugging Face models"
             )
 
-    def _masked(self, q: Tensor, k: Tensor, v: Tensor, anchor: int, passing: int, context: Context) -> Tensor:
-        with context.trace.phase("attend"):
-            out, _ = masked_attention(
-                q, k, v, anchor_tokens=anchor, passing_tokens=passing, scale=context.scale, backend=self.backend
-            )
-        return out
-
     def _candidates(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> list[Candidates]:
         """Say what each of this host's blocks offers to the compressor."""
         plan, host, share = context.plan, context.host, context.plan.host(context.host.rank)
         query = None
         if "query" in self.needs and share.query_rows:
             query = q[:, :, -share.query_rows :]
-        elif "query" in self.needs and plan.query and share.anchor_rows:
+        elif "query" in self.needs and plan.anchor_rows > plan.anchor and share.anchor_rows:
             query = q[:, :, plan.query_offset : plan.query_offset + plan.query]
         everything = {}
         if "document" in self.needs:
@@ -194,6 +189,8 @@ class APB:
         plan, rank = context.plan, context.host.rank
         share = plan.host(rank)
         cached = slice(share.anchor_rows, share.rows if rank == plan.owner else share.rows - share.query_rows)
+        own = share.query_rows * (share.query_rows + 1) // 2 if rank == plan.owner else 0
+        context.trace.count_pairs(context.layer, q.shape[1] * (share.query_rows * share.block_rows + own))
         return start_attend_over_hosts(
             q[:, :, -share.query_rows :],
             k[:, :, cached],

@@ -33,8 +33,8 @@ BUGS = (
     Bug(
         name="a block's positions start behind the anchor",
         file="plan.py",
-        old="parts += [torch.arange(block.start, block.stop) for",
-        new="parts += [torch.arange(block.start, block.stop) + host.anchor_rows for",
+        old="else block.start\n",
+        new="else block.start + host.anchor_rows\n",
         tests="tests/test_plan.py -k positions_are_true",
     ),
     Bug(
@@ -53,16 +53,16 @@ BUGS = (
     ),
     Bug(
         name="zigzag that does not turn back",
-        file="plan.py",
-        old="else 2 * self.hosts - 1 - index",
-        new="else index - self.hosts",
+        file="blocks.py",
+        old="else 2 * hosts - 1 - index",
+        new="else index - hosts",
         tests="tests/test_plan.py -k layout",
     ),
     Bug(
         name="the first block passes tokens on that later blocks see as anchor",
-        file="plan.py",
-        old="skipped = min(self.anchor, stop - start) if index == 0 else 0",
-        new="skipped = 0",
+        file="blocks.py",
+        old="left_out = min(skipped, last - first) if index == 0 else 0",
+        new="left_out = 0",
         tests="tests/test_plan.py -k receives",
     ),
     Bug(
@@ -204,16 +204,16 @@ BUGS = (
     ),
     Bug(
         name="a cache that keeps the anchor",
-        file="hf.py",
-        old="k[:, :, share.anchor_rows : last], v[:, :, share.anchor_rows : last]",
-        new="k[:, :, :last], v[:, :, :last]",
+        file="blocks.py",
+        old="if self.keeps_anchor else (blocks,)",
+        new="if self.keeps_anchor else (slice(0, blocks.stop),)",
         tests="tests/test_hf.py -k exactly_the_hosts_blocks",
     ),
     Bug(
         name="the last host forgets the query's keys",
         file="hf.py",
-        old="last = share.rows if owns else share.rows - share.query_rows",
-        new="last = share.rows - share.query_rows",
+        old="[*share.held_spans, query] if owns else share.held_spans",
+        new="share.held_spans",
         tests="tests/test_hf.py -k 'session_equals and llama and prefill-contiguous'",
     ),
     Bug(

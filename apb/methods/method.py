@@ -1,0 +1,128 @@
+"""What every method is: a way to plan and a way to attend. What the methods share lives here, once."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from apb.attend import Backend, decode_attention, masked_attention
+from apb.blocks import HostPlan
+from apb.compress.compressor import Need
+from apb.context import Context
+from apb.costs import HostCost, ModelShape, host_cost
+from apb.parallel.decode import start_attend_over_hosts
+from apb.plan import ContextPlan
+
+__all__ = ["Method"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """A way to split a document over hosts and to attend to it.
+
+    A method says `plan` and `attend`; it may say better than the defaults what it costs, what it reads, and how later
+    rows attend to what the prefill left.
+
+    Attributes:
+        backend: who computes the attention; where "flex" has no answer (decoding, rectangles), "auto" gives it.
+    """
+
+    backend: Backend = "auto"
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What `attend` reads from the context beside q, k and v."""
+        return frozenset()
+
+    @abstractmethod
+    def plan(self, *, tokens: int, hosts: int, query: int = 0, query_offset: int = 0) -> ContextPlan:
+        """Split `tokens` document tokens over `hosts` hosts.
+
+        Args:
+            tokens: n ≥ 1, document tokens.
+            hosts: H ≥ 1.
+            query: l_q ≥ 0, tokens of the question.
+            query_offset: s, the document's first tokens (BOS, system prompt) that precede everything else.
+
+        Raises:
+            ValueError: naming the argument, what came, what was expected and the way out.
+        """
+
+    @abstractmethod
+    def attend(
+        self,
+        q: Float[Tensor, "batch q_heads rows dim"],
+        k: Float[Tensor, "batch kv_heads rows dim"],
+        v: Float[Tensor, "batch kv_heads rows dim"],
+        context: Context,
+    ) -> Float[Tensor, "batch q_heads rows dim"]:
+        """Run one layer's attention on this host's rows, as many as the plan gives it, after RoPE at its positions.
+
+        Raises:
+            ValueError: the rows are not the plan's.
+            HostFailed: another host failed.
+        """
+
+    def decode(
+        self,
+        q: Float[Tensor, "batch q_heads rows dim"],
+        k: Float[Tensor, "batch kv_heads held dim"],
+        v: Float[Tensor, "batch kv_heads held dim"],
+        context: Context,
+    ) -> Float[Tensor, "batch q_heads rows dim"]:
+        """Let new rows, the same on every host, attend to all hosts' caches: exact, whatever the prefill was.
+
+        Args:
+            q: the question's rows, or a new token's.
+            k, v: this host's cache, in the order of `HostPlan.held_tokens`; on the owner, followed by all new rows.
+            context: the plan, the host and the layer.
+
+        Raises:
+            HostFailed: another host failed.
+        """
+        owner = context.plan.owner
+        started = start_attend_over_hosts(q, k, v, context.host, owner=owner, scale=context.scale, backend=self.backend)
+        return started.wait()
+
+    def cost(self, plan: ContextPlan, rank: int, shape: ModelShape) -> HostCost:
+        """Return what one layer of the prefill costs host `rank`."""
+        return host_cost(plan, rank, shape)
+
+    def masked(
+        self, q: Tensor, k: Tensor, v: Tensor, context: Context, *, anchor_tokens: int = 0, passing_tokens: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Call `masked_attention` — plain causal without anchor and passing tokens — and note time and pairs."""
+        with context.trace.phase("attend"):
+            out, lse = masked_attention(
+                q,
+                k,
+                v,
+                anchor_tokens=anchor_tokens,
+                passing_tokens=passing_tokens,
+                scale=context.scale,
+                backend=self.backend,
+            )
+        rows, columns = q.shape[2], k.shape[2]
+        anchor_rows = max(0, rows - (columns - anchor_tokens - passing_tokens))
+        pairs = rows * (columns - rows) + rows * (rows + 1) // 2 - anchor_rows * passing_tokens
+        context.trace.count_pairs(context.layer, q.shape[1] * pairs)
+        return out, lse
+
+    def full(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """Let every row see every key, and note time and pairs."""
+        with context.trace.phase("attend"):
+            backend = "auto" if self.backend == "flex" else self.backend
+            out, lse = decode_attention(q, k, v, causal=False, scale=context.scale, backend=backend)
+        context.trace.count_pairs(context.layer, q.shape[1] * q.shape[2] * k.shape[2])
+        return out, lse
+
+    def share(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> HostPlan:
+        """Return this host's share of the plan, checked against the rows that came."""
+        share = context.plan.host(context.host.rank)
+        if (q.shape[2], k.shape[2], v.shape[2]) != (share.rows,) * 3:
+            raise ValueError(
+                f"q, k, v: {q.shape[2]}, {k.shape[2]} and {v.shape[2]} rows, expected {share.rows}, the plan's rows of "
+                f"rank {share.rank}"
+            )
+        return share

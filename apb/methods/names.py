@@ -1,0 +1,89 @@
+"""Methods by name, with settings as text: "ring-zigzag", "star:anchor=1024", "ape:temperature=1,scale=1"."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from apb.compress import TRAINING_FREE, Compressor
+from apb.methods.apb import APB
+from apb.methods.ape import APE
+from apb.methods.flash import Flash
+from apb.methods.method import Method
+from apb.methods.ring import Ring
+from apb.methods.star import Star
+from apb.methods.ulysses import Ulysses
+
+__all__ = ["METHODS", "Named", "make_method"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Named:
+    """What stands behind a name.
+
+    Attributes:
+        title: what people call it.
+        make: makes the method of its settings.
+        settings: the names of those that can be given as text, and what reads each.
+        one_host: runs on one host only.
+        exact: equals exact attention.
+    """
+
+    title: str
+    make: Callable[..., Method]
+    settings: dict[str, Callable[[str], Any]] = field(default_factory=dict)
+    one_host: bool = False
+    exact: bool = False
+
+
+def _compressor(name: str | Compressor) -> Compressor:
+    if isinstance(name, str) and name not in TRAINING_FREE:
+        raise ValueError(f"expected one of {', '.join(TRAINING_FREE)}, got {name!r}")
+    return TRAINING_FREE[name]() if isinstance(name, str) else name
+
+
+METHODS: dict[str, Named] = {
+    "flash": Named(title="Exact attention", make=Flash, one_host=True, exact=True),
+    "ring": Named(title="Ring Attention", make=Ring, exact=True),
+    "ring-zigzag": Named(
+        title="Ring Attention, zigzag,", make=lambda **settings: Ring(layout="zigzag", **settings), exact=True
+    ),
+    "ulysses": Named(title="Ulysses", make=Ulysses, exact=True),
+    "star": Named(title="Star Attention", make=Star, settings={"anchor": int}),
+    "ape": Named(title="APE", make=APE, settings={"prefix": int, "temperature": float, "scale": float}),
+    "apb": Named(
+        title="APB",
+        make=APB,
+        settings={"anchor": int, "passing": int, "compressor": _compressor, "query_in": str, "layout": str},
+    ),
+}
+
+
+def make_method(text: str, **settings: Any) -> Method:
+    """Make a method of its name and its settings.
+
+    >>> make_method("star:anchor=1024")
+    Star(backend='auto', anchor=1024)
+
+    Args:
+        text: a name of `METHODS`; after a colon, settings as `name=value`, separated by commas.
+        settings: further settings, as text or as values; those in `text` come first. `backend` is known to all.
+
+    Raises:
+        ValueError: no such method, no such setting, or a value that it cannot have.
+    """
+    name, _, rest = text.partition(":")
+    if name not in METHODS:
+        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {name!r}")
+    known, given = METHODS[name], dict(settings)
+    for part in filter(None, rest.split(",")):
+        key, _, value = part.partition("=")
+        given[key.strip()] = value.strip()
+    for key in given.keys() - {"backend"}:
+        if key not in known.settings:
+            takes = ", ".join(known.settings) or "no settings"
+            raise ValueError(f"{key}: {name} does not know it; it takes {takes}")
+        try:
+            given[key] = known.settings[key](given[key])
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from None
+    return known.make(**given)
