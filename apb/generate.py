@@ -13,6 +13,7 @@ from torch import Tensor
 from apb.context import Trace
 from apb.costs import HostCost
 from apb.hf import Session, model_shape
+from apb.memory import PeakMemory
 from apb.methods import Method
 from apb.parallel.host import Counters, Host
 from apb.plan import ContextPlan
@@ -30,10 +31,11 @@ class Generation:
         plan: how the document was split.
         cost: what the plan says one layer costs this host.
         counters: what this host sent.
+        prefill_bytes: of that, the bytes it sent in the prefill.
         logits: `[batch, vocab]`, after the question: what the first new token is chosen by.
         pairs: query–key pairs that this host scored in each layer of the prefill, summed over the query heads.
         phase_ms: time by phase; "prefill" contains "compress", "pass" and "attend".
-        peak_bytes: most memory in use on this host's GPU; 0 on a CPU.
+        peak_bytes: most memory in use beyond what was when the generation began, as `PeakMemory` counts it.
         kept: per (layer, block) of this host, the kept document positions.
         indices: per layer, the sparse index of a method that builds one.
     """
@@ -42,6 +44,7 @@ class Generation:
     plan: ContextPlan
     cost: HostCost
     counters: Counters
+    prefill_bytes: int
     logits: Float[Tensor, "batch vocab"] = field(repr=False)
     pairs: dict[int, int]
     phase_ms: dict[str, float]
@@ -100,8 +103,7 @@ def generate(
     device = host.device
     trace = Trace(timed=timed, keep_indices=keep_indices, counted=True, device=device)
     started = on_phase or (lambda name, done, total: None)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    memory = PeakMemory(device)
 
     started("plan", 0, 0)
     with trace.phase("plan"), host.together("plan"):
@@ -118,6 +120,7 @@ def generate(
     started("prefill", 0, 0)
     with trace.phase("prefill"):
         hidden = session.prefill(prompt.document, prompt.query)
+    prefill_bytes = sum(host.counters.sent_bytes.values())
     started("query", 0, 0)
     with trace.phase("query"):
         if plan.host(host.rank).query_rows:  # it has run along with the prefill
@@ -132,10 +135,11 @@ def generate(
         plan=plan,
         cost=method.cost(plan, host.rank, shape),
         counters=host.counters,
+        prefill_bytes=prefill_bytes,
         logits=logits,
         pairs=trace.pairs,
         phase_ms=trace.phase_ms,
-        peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
+        peak_bytes=memory.bytes,
         kept=trace.kept,
         indices=trace.indices,
     )

@@ -53,8 +53,9 @@ class Job:
 class HostReport:
     """What one host held, computed, sent and spent.
 
-    `pairs` were scored in a layer of the prefill, summed over the query heads, the mean over the layers;
-    `of_exact` is their share of what exact attention on one host scores.
+    `pairs` were scored in a layer of the prefill, summed over the query heads, the mean over the layers; `of_exact` is
+    their share of what exact attention on one host scores. `kept` are (block, document positions) that the middle
+    layer's first KV head passed on, if the job asked for them.
     """
 
     rank: int
@@ -63,9 +64,11 @@ class HostReport:
     pairs: float
     of_exact: float
     sent_bytes: dict[str, int]
+    prefill_bytes: int
     messages: dict[str, int]
     phase_ms: dict[str, float]
     peak_bytes: int
+    kept: list[tuple[int, list[int]]] = field(repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +81,7 @@ class Report:
     title: str
     method: str
     host_kind: str
+    layers: int
     wall_s: float
     hosts: list[HostReport]
     generation: Generation = field(repr=False)
@@ -133,6 +137,7 @@ def run_job(job: Job, *, on_phase: OnPhase | None = None, here: bool = False) ->
         title=METHODS[job.method.partition(":")[0]].title,
         method=method,
         host_kind=kind,
+        layers=len(generation.pairs),
         wall_s=time.perf_counter() - started,
         hosts=[part[-1] for part in parts],
         generation=generation,
@@ -193,7 +198,8 @@ def _answer(
     tokens = result.tokens[0].tolist()
     cuda = host.device.type == "cuda"
     heads, n = model.config.num_attention_heads, result.plan.tokens
-    pairs = sum(result.pairs.values()) / model.config.num_hidden_layers
+    layers = model.config.num_hidden_layers
+    pairs = sum(result.pairs.values()) / layers
     report = HostReport(
         rank=host.rank,
         device=torch.cuda.get_device_name(host.device) if cuda else "CPU",
@@ -201,9 +207,11 @@ def _answer(
         pairs=pairs,
         of_exact=pairs / (heads * n * (n + 1) / 2),
         sent_bytes=dict(result.counters.sent_bytes),
+        prefill_bytes=result.prefill_bytes,
         messages=dict(result.counters.messages),
         phase_ms=result.phase_ms,
         peak_bytes=result.peak_bytes,
+        kept=[(block, where[0, 0].tolist()) for (layer, block), where in result.kept.items() if layer == layers // 2],
     )
     text = job.answer_prefix + tokenizer.decode(tokens, skip_special_tokens=True)
     return text.strip(), tokens, repr(method), result.to("cpu"), report

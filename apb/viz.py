@@ -1,6 +1,7 @@
 """Draw a plan: a strip of text for the terminal, and a picture of hosts, blocks and masks."""
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -8,7 +9,7 @@ import torch
 from apb.plan import Block, ContextPlan
 from apb.reference import apb_mask
 
-__all__ = ["picture", "text_strip"]
+__all__ = ["check_picture", "picture", "text_strip"]
 
 _COLOURS = {"anchor": "#e8a33d", "passing": "#4f9d69", "block": "#4878a8", "query": "#b0578d"}
 _MASK_CELLS = 160
@@ -30,6 +31,21 @@ def text_strip(plan: ContextPlan, *, width: int = 72) -> str:
     return "\n".join([*lines, legend])
 
 
+def check_picture(path: str | Path) -> Path:
+    """Return the path of a picture, if it can be written.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: an ending other than .svg, .png or .pdf, or no such folder.
+    """
+    path = Path(path)
+    if path.suffix not in (".svg", ".png", ".pdf") or not path.parent.is_dir():
+        raise ValueError(f"picture: expected a file in an existing folder ending in .svg, .png or .pdf, got {path}")
+    if find_spec("matplotlib") is None:
+        raise ImportError("matplotlib is needed for pictures; pip install 'apb[viz]'")
+    return path
+
+
 def _keys(plan: ContextPlan, block: Block) -> list[tuple[str, int]]:
     host = plan.host(block.rank)
     anchor = host.anchor_rows if block.sees_anchor and block.tokens else 0
@@ -49,14 +65,9 @@ def picture(plan: ContextPlan, path: str | Path, *, progress: Callable[[str], No
         ImportError: matplotlib is missing.
         ValueError: another ending, or no such folder.
     """
-    path = Path(path)
-    if path.suffix not in (".svg", ".png", ".pdf") or not path.parent.is_dir():
-        raise ValueError(f"picture: expected a file in an existing folder ending in .svg, .png or .pdf, got {path}")
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.patches import Patch
-    except ImportError as error:
-        raise ImportError("matplotlib is needed to draw a plan; pip install 'apb[viz]'") from error
+    path = check_picture(path)
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     blocks = [block for host in plan.host_plans for block in host.blocks]
     columns = min(4, len(blocks))

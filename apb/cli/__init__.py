@@ -5,11 +5,11 @@ import os
 import sys
 from collections.abc import Sequence
 
-from apb.cli import bench, demo, doctor, generate, plan
+from apb.cli import bench, compare, demo, doctor, generate, plan
 
 __all__ = ["main"]
 
-_COMMANDS = {"plan": plan, "generate": generate, "demo": demo, "doctor": doctor, "bench": bench}
+_COMMANDS = {"plan": plan, "generate": generate, "compare": compare, "demo": demo, "doctor": doctor, "bench": bench}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,7 +15,7 @@ from apb.methods import METHODS
 from apb.plan import Layout, QueryIn
 from apb.run import HostKind, Job, Report, run_job
 
-__all__ = ["add_arguments", "add_host_arguments", "describe", "job_from", "run", "run_and_compare"]
+__all__ = ["add_arguments", "add_host_arguments", "describe", "job_from", "read_text", "run", "run_and_compare"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     job = job_from(
         arguments,
         model=arguments.model,
-        document=_read(arguments.document),
+        document=read_text(arguments.document),
         query=arguments.query,
         method=arguments.method,
         answer_prefix=arguments.answer_prefix,
@@ -132,7 +132,12 @@ def describe(report: Report) -> str:
     return "\n".join(lines)
 
 
-def _read(path: str) -> str:
+def read_text(path: str) -> str:
+    """Read a document.
+
+    Raises:
+        ValueError: `path` is no readable UTF-8 text.
+    """
     try:
         return sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -1,6 +1,7 @@
 """FlashAttention: one host, exact causal attention. What every other method is measured against."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -14,6 +15,9 @@ __all__ = ["Flash"]
 @dataclass(frozen=True, kw_only=True)
 class Flash(Method):
     """Exact attention on one host: n(n + 1)/2 pairs."""
+
+    exact: ClassVar[bool] = True
+    one_host: ClassVar[bool] = True
 
     def plan(self, *, tokens: int, hosts: int, query: int = 0, query_offset: int = 0) -> ContextPlan:
         """Give all tokens to the one host.

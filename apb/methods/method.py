@@ -1,9 +1,12 @@
 """What every method is: a way to plan and a way to attend. What the methods share lives here, once."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from apb.attend import Backend, decode_attention, masked_attention
@@ -25,9 +28,13 @@ class Method(ABC):
     rows attend to what the prefill left.
 
     Attributes:
+        exact: whether it equals exact attention.
+        one_host: whether it runs on one host only.
         backend: who computes the attention; where "flex" has no answer (decoding, rectangles), "auto" gives it.
     """
 
+    exact: ClassVar[bool] = False
+    one_host: ClassVar[bool] = False
     backend: Backend = "auto"
 
     @property
@@ -88,6 +95,26 @@ class Method(ABC):
     def cost(self, plan: ContextPlan, rank: int, shape: ModelShape) -> HostCost:
         """Return what one layer of the prefill costs host `rank`."""
         return host_cost(plan, rank, shape)
+
+    def mask(
+        self, plan: ContextPlan, rows: Int[Tensor, " rows"], kept: Mapping[int, Tensor], index: Any = None
+    ) -> Bool[Tensor, "rows tokens"]:
+        """Say which document tokens each of the document's `rows` attends to in the prefill, for pictures.
+
+        Args:
+            plan: made by this method.
+            rows: document positions.
+            kept: per block, the document positions `[kept]` that it passed on (of one layer and head).
+            index: what `Trace.indices` holds of that layer.
+        """
+        column = torch.arange(plan.tokens)
+        seen = (column < plan.anchor).repeat(len(rows), 1)  # the anchor's own rows, if they are a shared prefix
+        passed = torch.zeros(plan.tokens, dtype=torch.bool)
+        for block in plan.blocks:
+            mine = (block.start <= rows) & (rows < block.stop)
+            seen[mine] = passed | (column >= block.start) | (block.sees_anchor & (column < plan.anchor))
+            passed[kept.get(block.index, [])] = True
+        return (seen | self.exact) & (column <= rows[:, None])
 
     def masked(
         self, q: Tensor, k: Tensor, v: Tensor, context: Context, *, anchor_tokens: int = 0, passing_tokens: int = 0

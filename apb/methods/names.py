@@ -24,15 +24,11 @@ class Named:
         title: what people call it.
         make: makes the method of its settings.
         settings: the names of those that can be given as text, and what reads each.
-        one_host: runs on one host only.
-        exact: equals exact attention.
     """
 
     title: str
     make: Callable[..., Method]
     settings: dict[str, Callable[[str], Any]] = field(default_factory=dict)
-    one_host: bool = False
-    exact: bool = False
 
 
 def _compressor(name: str | Compressor) -> Compressor:
@@ -42,12 +38,10 @@ def _compressor(name: str | Compressor) -> Compressor:
 
 
 METHODS: dict[str, Named] = {
-    "flash": Named(title="Exact attention", make=Flash, one_host=True, exact=True),
-    "ring": Named(title="Ring Attention", make=Ring, exact=True),
-    "ring-zigzag": Named(
-        title="Ring Attention, zigzag,", make=lambda **settings: Ring(layout="zigzag", **settings), exact=True
-    ),
-    "ulysses": Named(title="Ulysses", make=Ulysses, exact=True),
+    "flash": Named(title="Exact attention", make=Flash),
+    "ring": Named(title="Ring Attention", make=Ring),
+    "ring-zigzag": Named(title="Ring Attention, zigzag,", make=lambda **settings: Ring(layout="zigzag", **settings)),
+    "ulysses": Named(title="Ulysses", make=Ulysses),
     "star": Named(title="Star Attention", make=Star, settings={"anchor": int}),
     "ape": Named(title="APE", make=APE, settings={"prefix": int, "temperature": float, "scale": float}),
     "apb": Named(

@@ -6,6 +6,7 @@ Exact. Contiguous, the last host works about twice as much as the mean; zigzag, 
 
 from collections.abc import Generator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ class Ring(Method):
         layout: "contiguous" blocks, or balanced "zigzag" ones.
     """
 
+    exact: ClassVar[bool] = True
     layout: Layout = "contiguous"
 
     def plan(self, *, tokens: int, hosts: int, query: int = 0, query_offset: int = 0) -> ContextPlan:

@@ -4,6 +4,7 @@ Before attention every host has all heads of its rows; in it, all rows of its he
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -65,6 +66,8 @@ def split_heads(q_heads: int, kv_heads: int, hosts: int) -> list[HeadShare]:
 @dataclass(frozen=True, kw_only=True)
 class Ulysses(Method):
     """Exact attention on contiguous blocks; each host attends with its share of the heads over the whole document."""
+
+    exact: ClassVar[bool] = True
 
     def plan(self, *, tokens: int, hosts: int, query: int = 0, query_offset: int = 0) -> ContextPlan:
         """Cut one block a host; arguments and errors as `Method.plan`."""

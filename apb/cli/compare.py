@@ -1,0 +1,147 @@
+"""Answer one question with several methods: answers, times, pairs, bytes, memory, distance from exact attention."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
+
+from apb.attend import Backend
+from apb.cli.generate import read_text
+from apb.cli.progress import show_phase
+from apb.cli.table import table
+from apb.compare import Outcome, compare
+from apb.masks import masks_picture, masks_text
+from apb.methods import METHODS
+from apb.models import DEMO_MODEL
+from apb.run import HostKind, Job
+from apb.viz import check_picture
+
+__all__ = ["add_arguments", "describe", "run"]
+
+_PHASES = ("compress", "index", "pass", "attend", "merge")
+_TEXT_CELLS = 18
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this command's arguments."""
+    parser.add_argument("--document", required=True, help="a text file; - reads standard input")
+    parser.add_argument("--query", required=True, help="the question")
+    parser.add_argument("--answer-prefix", default="", help="how the answer begins")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="NAME[:SETTING=VALUE,…]",
+                        help=f"default: all of {' '.join(METHODS)}; with settings: star:anchor=1024")  # fmt: skip
+    parser.add_argument("--model", default=DEMO_MODEL, help="a local directory or a hub id (default: %(default)s)")
+    parser.add_argument("--hosts", type=int, help="how many (default: 4; under torchrun its ranks)")
+    parser.add_argument("--host-kind", choices=get_args(HostKind), default="auto", help="as in apb generate")
+    parser.add_argument("--backend", choices=get_args(Backend), default="auto", help="who computes attention")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    parser.add_argument("--max-new-tokens", type=int, default=12)
+    parser.add_argument("--timeout", type=float, default=600.0, help="longest wait for another host, in seconds")
+    parser.add_argument("--picture", type=Path, help="draw the masks side by side here (.svg, .png or .pdf)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Compare, print the table and the masks; 0 if every method ran."""
+    if arguments.picture:
+        check_picture(arguments.picture)
+    hosts = 4 if arguments.hosts is None and "RANK" not in os.environ else arguments.hosts
+    job = Job(
+        model=arguments.model,
+        document=read_text(arguments.document),
+        query=arguments.query,
+        answer_prefix=arguments.answer_prefix,
+        hosts=hosts,
+        host_kind=arguments.host_kind,
+        backend=arguments.backend,
+        dtype=arguments.dtype,
+        max_new_tokens=arguments.max_new_tokens,
+        timeout_s=arguments.timeout,
+    )
+    outcomes = compare(job, arguments.methods, on_phase=show_phase, on_method=_say)
+    if not outcomes:
+        return 0  # another rank prints
+    show_phase("done", 0, 0)
+    grids = {outcome.name: outcome.grid for outcome in outcomes if outcome.grid is not None}
+    if arguments.picture and grids:
+        masks_picture(grids, arguments.picture)
+    if arguments.json:
+        print(json.dumps([_as_json(outcome) for outcome in outcomes], indent=2))
+    else:
+        print(describe(outcomes))
+        if grids:
+            small = {name: _shrink(grid) for name, grid in grids.items()}
+            print(f"\nWhat each document token (down) attends to (across), middle layer:\n\n{masks_text(small)}")
+        if arguments.picture and grids:
+            print(f"\nPicture: {arguments.picture}")
+    return 0 if all(outcome.report for outcome in outcomes) else 1
+
+
+def describe(outcomes: list[Outcome]) -> str:
+    """Lay out the outcomes, a line a method; every figure is the largest over the hosts."""
+    ran = [outcome for outcome in outcomes if outcome.report]
+    lines = []
+    if ran and ran[0].report:
+        plan, host = ran[0].report.plan, ran[0].report.hosts[0]
+        hosts = max(len(outcome.report.hosts) for outcome in ran if outcome.report)
+        lines = [f"{plan.tokens} document tokens, question of {plan.query}, up to {hosts} hosts ({host.device})", ""]
+        phases = [name for name in _PHASES if any(_worst(outcome, name) for outcome in ran)]
+        head = ("method", "hosts", *phases, "prefill", "question", "first token", "a token", "pairs/layer", "of exact",
+                "sent MB", "cache MB", "peak MB", "logits off by", "answer")  # fmt: skip
+        lines.append(table(head, [_row(outcome, phases) for outcome in ran], left=("method", "answer")))
+        lines += [
+            "",
+            "Milliseconds on the slowest host; first token = prefill + question; pairs of query and key, all heads;",
+            "sent in the prefill; logits: largest difference, at the first token, from exact attention on one host.",
+        ]
+    lines += [f"{outcome.name}: {outcome.error}" for outcome in outcomes if not outcome.report]
+    return "\n".join(lines)
+
+
+def _row(outcome: Outcome, phases: list[str]) -> tuple[str, ...]:
+    report = outcome.report
+    assert report is not None
+    after_first = max(1, len(report.tokens) - 1)
+    times = [_worst(outcome, name) for name in (*phases, "prefill", "query")]
+    layers = report.layers
+    answer = " ".join(report.answer.split())
+    return (
+        outcome.name,
+        str(len(report.hosts)),
+        *(f"{ms:,.0f}" for ms in times),
+        f"{times[-2] + times[-1]:,.0f}",
+        f"{_worst(outcome, 'decode') / after_first:,.0f}",
+        f"{max(host.pairs for host in report.hosts):,.0f}",
+        f"{max(host.of_exact for host in report.hosts):.1%}",
+        f"{max(host.prefill_bytes for host in report.hosts) / 1e6:.1f}",
+        f"{max(host.cost.cache_bytes for host in report.hosts) * layers / 1e6:.1f}",
+        f"{max(host.peak_bytes for host in report.hosts) / 1e6:,.0f}",
+        f"{outcome.logit_difference:.2g}",
+        answer,
+    )
+
+
+def _worst(outcome: Outcome, phase: str) -> float:
+    return max(host.phase_ms.get(phase, 0.0) for host in outcome.report.hosts) if outcome.report else 0.0
+
+
+def _shrink(grid: Tensor) -> Tensor:
+    cells = min(_TEXT_CELLS, len(grid))
+    return adaptive_avg_pool2d(grid[None], (cells, cells))[0]
+
+
+def _as_json(outcome: Outcome) -> dict[str, Any]:
+    return {
+        "name": outcome.name,
+        "error": outcome.error,
+        "logit_difference": outcome.logit_difference if outcome.report else None,
+        "report": outcome.report.as_json() if outcome.report else None,
+    }
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
