@@ -41,12 +41,17 @@ class APE(Method):
     scale: float = 0.9
 
     def __post_init__(self) -> None:
+        p = self.prefix
+        if p is not None and (isinstance(p, bool) or not isinstance(p, int) or p < 0):
+            raise ValueError(f"prefix: expected an integer ≥ 0, got {p!r}")
         for name, value in (("temperature", self.temperature), ("scale", self.scale)):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
                 raise ValueError(f"{name}: expected a number > 0, got {value!r}; 1 changes nothing")
 
     def plan(self, *, tokens: int, hosts: int, query: int = 0, query_offset: int = 0) -> ContextPlan:
         """Cut what follows the prefix into one chunk a host; arguments and errors as `Method.plan`."""
+        if self.prefix is not None and self.prefix > tokens:
+            raise ValueError(f"prefix: {self.prefix} tokens, expected at most the document's {tokens}")
         return plan_context(
             tokens=tokens,
             hosts=hosts,

@@ -38,18 +38,18 @@ class Ring(Method):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         """Attend causally to the whole document, of which this host has some rows."""
         mine = self.share(q, k, v, context)
-        out, lse = q.new_zeros(q.shape, dtype=torch.promote_types(q.dtype, torch.float32)), None
-        for source, message in _ring(torch.cat((k, v), dim=-1), context):
-            k, v = message.chunk(2, dim=-1)
-            if lse is None:  # this host's own keys: its blocks are in the document's order, so one causal mask does
-                own, lse = self.masked(q, k, v, context)
-                out += own
-                continue
-            # Of the others, each of this host's blocks sees all blocks before it and nothing of the later ones.
+        steps = _ring(torch.cat((k, v), dim=-1), context)
+        # This host's own keys first: its blocks are in the document's order, so one causal mask does for all of them.
+        _, own = next(steps)
+        out, lse = self.masked(q, *own.chunk(2, dim=-1), context)
+        out = out.to(torch.promote_types(out.dtype, torch.float32))
+        # Of the others, each of this host's blocks sees all blocks before it and nothing of the later ones.
+        for source, message in steps:
             theirs = context.plan.host(source)
             seen = [sum(b.tokens for b in theirs.blocks if b.index < block.index) for block in mine.blocks]
             for rows, columns in _rectangles([block.tokens for block in mine.blocks], seen):
-                part = self.full(q[:, :, rows], k[:, :, :columns], v[:, :, :columns], context)
+                k, v = message[:, :, :columns].chunk(2, dim=-1)
+                part = self.full(q[:, :, rows], k, v, context)
                 with context.trace.phase("merge"):
                     out[:, :, rows], lse[:, :, rows] = merge_pair(out[:, :, rows], lse[:, :, rows], *part)
         return out.to(q.dtype)

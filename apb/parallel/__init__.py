@@ -1,7 +1,7 @@
 """The group of hosts: one interface, and three kinds of host behind it.
 
-`host.py` is the interface; `threads.py`, `simulated.py` and `process_group.py` implement it; `launch.py` starts
-processes; `heartbeat.py` finds out which of them died.
+`host.py` is the interface; `threads.py`, `simulated.py` and `process_group.py` implement it. Threads meet in
+`meeting.py`; `launch.py` starts processes; `heartbeat.py` finds out which of them died.
 """
 
 from apb.parallel.host import Counters, Handle, Host, HostError, HostFailed, PlanMismatch

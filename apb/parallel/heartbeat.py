@@ -101,7 +101,8 @@ class Heartbeat:
             self._mine.left = True
             self._publish()
             if threading.current_thread() is not self._thread:
-                self._thread.join(timeout=2 * BEAT_S)
+                # A thread still inside the store when the interpreter ends would abort the process.
+                self._thread.join(timeout=10.0)
 
     def cause(self, number: int, silent_s: float) -> str | None:
         """Return why collective `number` will not complete, or None if nothing speaks against it.

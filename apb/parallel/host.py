@@ -7,7 +7,7 @@ interface — `ProcessGroupHost` (torch.distributed), `ThreadHost` (threads in o
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -97,6 +97,100 @@ class Host(ABC):
         return Handle(self._start_all_gather(x.contiguous(), what))
 
     @abstractmethod
+    def _start_all_to_all(
+        self, parts: dict[int, Tensor], shapes: dict[int, torch.Size], what: str
+    ) -> Callable[[], list[Tensor]]:
+        """Start sending the contiguous `parts[r]` to host r, for the ranks in `parts`, and return what finishes it.
+
+        What finishes it returns new tensors of these `shapes`, from the hosts whose ranks are in `shapes`, in rank
+        order. All parts share one dtype, and there is at least one. Called with world_size > 1 only.
+        """
+
+    def exchange(
+        self, x: Tensor, *, to: int, source: int, shape: Sequence[int] | None = None, what: str
+    ) -> Handle[Tensor]:
+        """Start sending `x` to host `to` and receiving what host `source` sends here; the handle yields that.
+
+        Every host calls it at the same point of its program, and the hosts' `to` and `source` form a permutation.
+        One step of a ring: `to=(host.rank + 1) % host.world_size, source=(host.rank - 1) % host.world_size`.
+
+        Args:
+            x: this host's tensor; the same dtype on every host. Do not write to it until `wait` returned.
+            to: rank of the host that receives `x`; this host's own rank if, and only if, `source` is.
+            source: rank of the host whose tensor comes here.
+            shape: shape of what comes (None: that of `x`).
+            what: name of the purpose, for the counters and for error messages.
+
+        Raises:
+            ValueError: `to` or `source` is not a rank, or only one of them is this host's, or a host that sends to
+                itself expects another shape than that of `x`.
+            HostError: (from `wait`, hosts in threads) what was sent is not what the receiver expects.
+            HostFailed: (from `wait`) another host raised, died, or did not arrive within the group's timeout.
+        """
+        for name, rank in (("to", to), ("source", source)):
+            if not 0 <= rank < self.world_size:
+                raise ValueError(
+                    f"{name}: expected a rank from 0 to {self.world_size - 1}, got {rank} on rank {self.rank} "
+                    f"({what!r}); in a ring take it modulo world_size"
+                )
+        if (to == self.rank) != (source == self.rank):
+            raise ValueError(
+                f"to, source: expected a permutation of the hosts, got to={to} and source={source} on rank "
+                f"{self.rank} ({what!r}); a host that sends to itself also receives from itself"
+            )
+        expected = x.shape if shape is None else torch.Size(shape)
+        if source == self.rank and expected != x.shape:
+            raise _wrong_own_shape("shape", expected, x, self.rank, what)
+        self.counters.add(what, 0 if to == self.rank else x.numel() * x.element_size())
+        if self.world_size == 1:
+            copy = _copied(x)
+            return Handle(lambda: copy)
+        finish = self._start_all_to_all({to: x.detach().contiguous()}, {source: expected}, what)
+        return Handle(lambda: finish()[0])
+
+    def all_to_all(
+        self, parts: Sequence[Tensor], *, shapes: Sequence[Sequence[int]] | None = None, what: str
+    ) -> Handle[list[Tensor]]:
+        """Start sending `parts[r]` to every host r; the handle yields what the hosts sent here, in rank order.
+
+        Every host calls it at the same point of its program. `parts[self.rank]` comes back as a copy.
+
+        Args:
+            parts: one tensor for each host; their shapes may differ, and may be empty. One dtype for all, the same
+                on every host. Do not write to them until `wait` returned.
+            shapes: shapes of what comes, in rank order (None: those of `parts`, as if every host sent alike).
+            what: name of the purpose, for the counters and for error messages.
+
+        Raises:
+            ValueError: not one part and one shape for each host, parts of several dtypes, or another shape than
+                `parts[self.rank]` expected from this host itself.
+            HostError: (from `wait`, hosts in threads) what was sent is not what the receiver expects.
+            HostFailed: (from `wait`) another host raised, died, or did not arrive within the group's timeout.
+        """
+        expected = [part.shape for part in parts] if shapes is None else [torch.Size(shape) for shape in shapes]
+        for name, items in (("parts", parts), ("shapes", expected)):
+            if len(items) != self.world_size:
+                raise ValueError(
+                    f"{name}: expected one for each of the {self.world_size} hosts, got {len(items)} on rank "
+                    f"{self.rank} ({what!r}); a host that gets nothing gets an empty tensor"
+                )
+        dtypes = sorted({str(part.dtype) for part in parts})
+        if len(dtypes) > 1:
+            raise ValueError(
+                f"parts: expected one dtype, got {', '.join(dtypes)} on rank {self.rank} ({what!r}); convert them, "
+                "or send each dtype by itself"
+            )
+        if expected[self.rank] != parts[self.rank].shape:
+            raise _wrong_own_shape(f"shapes[{self.rank}]", expected[self.rank], parts[self.rank], self.rank, what)
+        others = [part for rank, part in enumerate(parts) if rank != self.rank]
+        self.counters.add(what, sum(part.numel() * part.element_size() for part in others))
+        if self.world_size == 1:
+            copies = [_copied(parts[0])]
+            return Handle(lambda: copies)
+        sent = {rank: part.detach().contiguous() for rank, part in enumerate(parts)}
+        return Handle(self._start_all_to_all(sent, dict(enumerate(expected)), what))
+
+    @abstractmethod
     def all_gather_object(self, value: Any, *, what: str) -> list[Any]:
         """Return every host's `value` in rank order. Not counted.
 
@@ -140,3 +234,14 @@ class Host(ABC):
         for rank, text in enumerate(texts):
             if text is not None:
                 raise HostFailed(f"{what}: rank {rank} of {self.world_size} failed: {text}")
+
+
+def _copied(x: Tensor) -> Tensor:
+    return x.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _wrong_own_shape(name: str, expected: torch.Size, x: Tensor, rank: int, what: str) -> ValueError:
+    return ValueError(
+        f"{name}: expected {tuple(x.shape)}, the shape that rank {rank} sends to itself, got {tuple(expected)} "
+        f"({what!r}); pass the shapes of what comes, not of what goes"
+    )

@@ -17,6 +17,7 @@ import time
 import weakref
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -97,17 +98,39 @@ class ProcessGroupHost(Host):
             raise HostFailed(self._failed)
 
     def _start_all_gather(self, x: Tensor, what: str) -> Callable[[], list[Tensor]]:
+        received = torch.empty((self.world_size, *x.shape), dtype=x.dtype, device=x.device)
+        start = partial(_gather_bytes, _as_bytes(received), _as_bytes(x)) if x.numel() else None
+        return self._start(start, x, list(received), what)
+
+    def _start_all_to_all(
+        self, parts: dict[int, Tensor], shapes: dict[int, torch.Size], what: str
+    ) -> Callable[[], list[Tensor]]:
+        # An exchange goes this way too. NCCL sends nothing where nothing is split off; and the wait for gloo's isend
+        # and irecv cannot be cut into short ones, since the first to time out closes the connection.
+        ranks = range(self.world_size)
+        going, coming = sorted(parts), sorted(shapes)
+        sent = torch.cat([parts[rank].reshape(-1) for rank in going]) if len(going) > 1 else parts[going[0]]
+        received = torch.empty(sum(shapes[rank].numel() for rank in coming), dtype=sent.dtype, device=sent.device)
+        sizes_out = [parts[rank].numel() * sent.itemsize if rank in parts else 0 for rank in ranks]
+        sizes_in = [shapes[rank].numel() * sent.itemsize if rank in shapes else 0 for rank in ranks]
+        start = partial(dist.all_to_all_single, _as_bytes(received), _as_bytes(sent), sizes_in, sizes_out)
+        pieces = received.split([shapes[rank].numel() for rank in coming])
+        results = [piece.view(shapes[rank]) for piece, rank in zip(pieces, coming, strict=True)]
+        return self._start(start, sent, results, what)
+
+    def _start(
+        self, start: Callable[..., Any] | None, sent: Tensor, received: list[Tensor], what: str
+    ) -> Callable[[], list[Tensor]]:
+        """Number a collective, start it (None: nothing to send), and return what waits for it, yielding `received`."""
         self.check()
         number, self._number = self._number, self._number + 1
         name = f"collective {number} ({what!r})"
         if self._heartbeat is not None:
             self._heartbeat.enter(number, name)
-        if x.numel() == 0:
-            return lambda: [torch.empty_like(x) for _ in range(self.world_size)]
-        sent = x.detach().reshape(-1).view(torch.uint8)
-        received = torch.empty((self.world_size, sent.numel()), dtype=torch.uint8, device=x.device)
+        if start is None:
+            return lambda: received
         try:
-            work = _gather_bytes(received.view(-1), sent, group=self._group, async_op=True)
+            work = start(group=self._group, async_op=True)
         except RuntimeError as error:
             self._fail(number, name, error)
         if self._watched:
@@ -117,12 +140,14 @@ class ProcessGroupHost(Host):
             self.check()
             if self.device.type != "cuda":
                 self._wait_polling(work, number, name)
-            else:
-                work.wait()
-                if self._watched:  # an event rather than the work, which would hold on to the tensors
-                    event = torch.cuda.current_stream(self.device).record_event()
-                    self._under_way[number] = (event.query, name)
-            return [row.view(x.dtype).view(x.shape) for row in received]
+                return received
+            work.wait()
+            stream = torch.cuda.current_stream(self.device)
+            for tensor in (sent, *received):  # this stream may not be the one they were allocated on
+                tensor.record_stream(stream)
+            if self._watched:  # an event rather than the work, which would hold on to the tensors
+                self._under_way[number] = (stream.record_event().query, name)
+            return received
 
         return finish
 
@@ -216,6 +241,10 @@ def _group_of(group: dist.ProcessGroup | DeviceMesh) -> dist.ProcessGroup:
             f"got {type(group).__name__}"
         )
     return group
+
+
+def _as_bytes(x: Tensor) -> Tensor:
+    return x.detach().reshape(-1).view(torch.uint8)
 
 
 def _weak_call(owner: ProcessGroupHost, method: Callable[[Any], None]) -> Callable[[], None]:

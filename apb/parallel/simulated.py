@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from apb.parallel.threads import Group, Meeting, ThreadHost, run_group
+from apb.parallel.meeting import Group, Meeting
+from apb.parallel.threads import ThreadHost, run_group
 
 __all__ = ["SimulatedHost", "run_simulated"]
 

@@ -1,8 +1,8 @@
 """Hosts that are threads of this process: nothing to launch, any device, errors with their own traceback.
 
 The hosts' n-th collectives meet under the number n. Starting one deposits a copy and returns; waiting blocks until
-all have deposited, and copies out. Two copies, so that no host ever sees another's later writes, as between
-processes. A group is a plain object: any number of groups live side by side, also one inside another's body.
+all have deposited, and copies out what is for this host. Two copies, so that no host ever sees another's later
+writes, as between processes. A group is a plain object: any number live side by side, also one inside another's body.
 """
 
 import json
@@ -11,96 +11,17 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from apb.parallel.host import Counters, Host, HostError, HostFailed
+from apb.parallel.host import Counters, Host, HostFailed
+from apb.parallel.meeting import Deposit, Group, Meeting
 
-__all__ = ["Group", "ThreadHost", "run_group", "run_threads"]
+__all__ = ["ThreadHost", "run_group", "run_threads"]
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class _Deposit:
-    """What one host brought to a meeting; `ready` is set on CUDA, where the copy may still be under way."""
-
-    content: Tensor | str
-    label: str
-    ready: torch.cuda.Event | None = None
-
-
-@dataclass
-class Meeting:
-    """One collective: the deposits by rank, and how many hosts have read them."""
-
-    name: str
-    deposits: dict[int, _Deposit] = field(default_factory=dict)
-    reads: int = 0
-
-
-class Group:
-    """The place where one group's threads meet. Every field is guarded by `changed`."""
-
-    def __init__(self, world_size: int, timeout_s: float) -> None:
-        if world_size < 1:
-            raise ValueError(f"world_size: expected at least 1 host, got {world_size}")
-        self.world_size = world_size
-        self.timeout_s = timeout_s
-        self.changed = threading.Condition()
-        self.meetings: dict[int, Meeting] = {}
-        self.last = ["no collective yet"] * world_size
-        self.ended: set[int] = set()
-        self.errors: list[tuple[int, BaseException]] = []
-
-    def fail(self, rank: int, error: BaseException) -> None:
-        """Record that `rank` failed (−1: the caller was interrupted) and wake everybody who waits."""
-        with self.changed:
-            if all(error is not known for _, known in self.errors):
-                self.errors.append((rank, error))
-            self.changed.notify_all()
-
-    def missing(self, meeting: Meeting) -> list[int]:
-        """Return the ranks that have not arrived."""
-        return [rank for rank in range(self.world_size) if rank not in meeting.deposits]
-
-    def settled(self, meeting: Meeting) -> bool:
-        """Return whether waiting any longer is pointless: all have come, or somebody never will."""
-        missing = self.missing(meeting)
-        return not missing or bool(self.errors) or any(rank in self.ended for rank in missing)
-
-    def outcome(self, rank: int, meeting: Meeting) -> list[_Deposit]:
-        """Return the deposits in rank order, or raise on `rank` why there are none."""
-        missing = self.missing(meeting)
-        where = f"rank {rank} of {self.world_size} was waiting in {meeting.name}"
-        if not missing:
-            deposits = [meeting.deposits[other] for other in range(self.world_size)]
-            _check_labels(meeting.name, [deposit.label for deposit in deposits])
-            return deposits
-        if self.errors:
-            culprit, error = self.errors[0]
-            who = f"rank {culprit} (last in {self.last[culprit]})" if culprit >= 0 else "the caller of the group"
-            raise HostFailed(f"{who} failed: {type(error).__name__}: {error}; {where}") from error
-        state = "; ".join(
-            f"rank {other} {'has ended' if other in self.ended else 'is alive'}, last in {self.last[other]}"
-            for other in missing
-        )
-        if any(other in self.ended for other in missing):
-            raise HostFailed(f"{where}, which not every host will join: {state}")
-        raise HostFailed(f"{where} and gave up after {self.timeout_s:g} s: not arrived: {state}")
-
-
-def _check_labels(name: str, labels: list[str]) -> None:
-    held: dict[str, list[int]] = {}
-    for rank, label in enumerate(labels):
-        held.setdefault(label, []).append(rank)
-    if len(held) > 1:
-        parts = "; ".join(f"ranks {ranks} bring {label}" for label, ranks in held.items())
-        number = name.split(" (")[0]
-        raise HostError(f"{number}: expected one purpose, shape and dtype on all {len(labels)} hosts, but {parts}")
 
 
 class ThreadHost(Host):
@@ -121,21 +42,38 @@ class ThreadHost(Host):
         self._number = 0
 
     def _start_all_gather(self, x: Tensor, what: str) -> Callable[[], list[Tensor]]:
-        copy = x.detach().clone()
+        everybody = range(self.world_size)
+        sent, awaited = dict.fromkeys(everybody, x.detach().clone()), dict.fromkeys(everybody, x.shape)
+        return self._start(f"{what!r}, shape {tuple(x.shape)}, {x.dtype}", sent, awaited, what)
+
+    def _start_all_to_all(
+        self, parts: dict[int, Tensor], shapes: dict[int, torch.Size], what: str
+    ) -> Callable[[], list[Tensor]]:
+        sent = {rank: part.clone() for rank, part in parts.items()}
+        dtype = next(iter(sent.values())).dtype
+        return self._start(f"{what!r}, an exchange of {dtype}", sent, shapes, what)
+
+    def _start(
+        self, label: str, sent: dict[int, Tensor], awaited: dict[int, torch.Size], what: str
+    ) -> Callable[[], list[Tensor]]:
+        copy = next(iter(sent.values()))
         ready = torch.cuda.current_stream(copy.device).record_event() if copy.is_cuda else None
-        number = self._deposit(what, _Deposit(copy, f"{what!r}, shape {tuple(x.shape)}, {x.dtype}", ready))
-        return lambda: self._collect(number, _copy_out)
+        number = self._deposit(what, Deposit(label, sent=sent, awaited=awaited, ready=ready))
+        sources = sorted(awaited)
+        return lambda: self._collect(
+            number, lambda deposits: [_copy_out(deposits[source], self.rank) for source in sources]
+        )
 
     def all_gather_object(self, value: Any, *, what: str) -> list[Any]:
         """Return every host's `value` in rank order, as JSON carries it (a tuple comes back as a list)."""
-        number = self._deposit(what, _Deposit(json.dumps(value), f"{what!r}, an object"))
-        return self._collect(number, lambda deposit: json.loads(str(deposit.content)))
+        number = self._deposit(what, Deposit(f"{what!r}, an object", json.dumps(value)))
+        return self._collect(number, lambda deposits: [json.loads(deposit.text) for deposit in deposits])
 
     def announce(self, error: BaseException) -> None:
         """Make every host that waits, now or later, for a collective that is not complete raise `HostFailed`."""
         self._group.fail(self.rank, error)
 
-    def _deposit(self, what: str, deposit: _Deposit) -> int:
+    def _deposit(self, what: str, deposit: Deposit) -> int:
         number, self._number = self._number, self._number + 1
         group = self._group
         with group.changed:
@@ -147,7 +85,7 @@ class ThreadHost(Host):
                 group.changed.notify_all()
         return number
 
-    def _collect(self, number: int, copy_out: Callable[[_Deposit], T]) -> list[T]:
+    def _collect(self, number: int, copy_out: Callable[[list[Deposit]], T]) -> T:
         group = self._group
         meeting = group.meetings[number]
         self._pause(meeting)
@@ -160,7 +98,7 @@ class ThreadHost(Host):
                         break
                     group.changed.wait(left)
                 deposits = group.outcome(self.rank, meeting)
-            results = [copy_out(deposit) for deposit in deposits]
+            results = copy_out(deposits)
             with group.changed:
                 meeting.reads += 1
                 if meeting.reads == group.world_size:
@@ -183,10 +121,8 @@ class ThreadHost(Host):
         """Come after a wait, or before the start of the body."""
 
 
-def _copy_out(deposit: _Deposit) -> Tensor:
-    tensor = deposit.content
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"expected a tensor in this collective, got {type(tensor).__name__}")
+def _copy_out(deposit: Deposit, rank: int) -> Tensor:
+    tensor = deposit.sent[rank]
     if deposit.ready is not None:
         stream = torch.cuda.current_stream(tensor.device)
         stream.wait_event(deposit.ready)

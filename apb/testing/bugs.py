@@ -1,5 +1,6 @@
 """Planted bugs: mistakes that such code really gets, as data, each with the tests that must notice it.
 
+Those of APB, and of what all methods share, are here; those of the other methods in `apb.testing.method_bugs`.
 `tests/test_planted_bugs.py` puts one bug at a time into a copy of this package and demands that its tests fail. Each
 left all quality scores on easy tasks where they were, which is why the laws look at the numbers.
 """
@@ -161,9 +162,9 @@ BUGS = (
     ),
     Bug(
         name="a scale that the attention does not hear of",
-        file="methods/apb.py",
-        old="scale=context.scale, backend=self.backend",
-        new="backend=self.backend",
+        file="methods/method.py",
+        old="passing_tokens=passing_tokens,\n                scale=context.scale,",
+        new="passing_tokens=passing_tokens,",
         tests="tests/test_apb_laws.py -k scale",
     ),
     Bug(
@@ -219,8 +220,8 @@ BUGS = (
     Bug(
         name="bytes to oneself counted as sent",
         file="costs.py",
-        old="sent = sum((plan.hosts - 1) * tokens",
-        new="sent = sum(plan.hosts * tokens",
+        old="sent_bytes = sum((plan.hosts - 1) * tokens",
+        new="sent_bytes = sum(plan.hosts * tokens",
         tests="tests/test_costs.py -k hosts_send",
     ),
 )
