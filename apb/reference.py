@@ -11,7 +11,7 @@ from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-__all__ = ["apb_mask", "attention", "kept_indices", "merge"]
+__all__ = ["apb_mask", "ape_mask", "ape_mix", "attention", "causal_mask", "kept_indices", "merge", "star_mask"]
 
 
 def apb_mask(rows: int, columns: int, anchor_tokens: int, passing_tokens: int) -> Bool[Tensor, "rows columns"]:
@@ -25,6 +25,72 @@ def apb_mask(rows: int, columns: int, anchor_tokens: int, passing_tokens: int) -
     column = torch.arange(columns)
     limit = torch.where(row < anchor_tokens, row, row + passing_tokens)
     return column[None, :] <= limit[:, None]
+
+
+def causal_mask(tokens: int) -> Bool[Tensor, "tokens tokens"]:
+    """Say which document tokens see which under exact attention: all up to themselves."""
+    token = torch.arange(tokens)
+    return token[None, :] <= token[:, None]
+
+
+def star_mask(tokens: int, hosts: int, anchor: int) -> Bool[Tensor, "tokens tokens"]:
+    """Say which document tokens see which under Star Attention: their own block and the first l_a tokens, causally.
+
+    Args:
+        tokens: n, cut into blocks of ceil(n / hosts).
+        hosts: H, one block each.
+        anchor: l_a, at most a block.
+    """
+    token = torch.arange(tokens)
+    block = token // math.ceil(tokens / hosts)
+    own = block[None, :] == block[:, None]
+    return causal_mask(tokens) & (own | (token < anchor)[None, :])
+
+
+def ape_mask(tokens: int, hosts: int, prefix: int) -> Bool[Tensor, "tokens tokens"]:
+    """Say which document tokens see which under APE: the shared prefix and their own chunk, causally.
+
+    Args:
+        tokens: n, the prefix and behind it chunks of ceil((n − prefix) / hosts).
+        hosts: H, one chunk each.
+        prefix: p, tokens that belong to no chunk.
+    """
+    token = torch.arange(tokens)
+    chunk = (token - prefix) // max(1, math.ceil((tokens - prefix) / hosts))
+    own = chunk[None, :] == chunk[:, None]
+    return causal_mask(tokens) & (own | (token < prefix)[None, :])
+
+
+def ape_mix(
+    q: Float[Tensor, "batch q_heads rows dim"],
+    contexts: tuple[Float[Tensor, "batch kv_heads context dim"], Float[Tensor, "batch kv_heads context dim"]],
+    other: tuple[Float[Tensor, "batch kv_heads other dim"], Float[Tensor, "batch kv_heads other dim"]],
+    *,
+    temperature: float,
+    scale: float,
+    softmax_scale: float | None = None,
+) -> Float[Tensor, "batch q_heads rows dim"]:
+    """Let new rows attend to all of APE's chunks at once, at temperature T, and to the other keys, in float64.
+
+    With s = softmax_scale · q kᵀ: softmax([S · T · log Σ exp(s_c / T), log Σ exp(s_o)]) · [o_c, o_o], where o_c is
+    softmax(s_c / T) · v_c and o_o is softmax(s_o) · v_o.
+
+    Args:
+        q: the new rows.
+        contexts: keys and values of all chunks, whichever hosts hold them; every row sees all of them.
+        other: keys and values of the prefix and of what follows the document, the rows' own the last ones; causal.
+        temperature: T > 0.
+        scale: S > 0.
+        softmax_scale: None is 1/√dim.
+    """
+    plain = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
+    rows, columns = q.shape[2], other[0].shape[2]
+    everything = torch.ones(rows, contexts[0].shape[2], dtype=torch.bool)
+    up_to_itself = torch.arange(columns)[None, :] <= torch.arange(columns - rows, columns)[:, None]
+    context_out, context_lse = attention(q, *contexts, everything, plain / temperature)
+    other_out, other_lse = attention(q, *other, up_to_itself, plain)
+    power = scale * temperature
+    return merge(torch.stack((context_out, other_out)), torch.stack((power * context_lse, other_lse)))[0]
 
 
 def attention(

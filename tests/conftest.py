@@ -16,6 +16,26 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 torch.set_num_threads(1)
 
+TEXT = "the quick brown fox jumps over the lazy dog and the key is red . " * 4
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory):
+    """Return a directory with a tiny Llama of 2 layers, a tokenizer of one token a word, and a document."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from apb.testing.tiny import tiny_model
+
+    path = tmp_path_factory.mktemp("tiny")
+    words = ["<unk>", *sorted(set((TEXT + " what is it ?").split()))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(path)
+    tiny_model(vocab_size=len(words)).save_pretrained(path)
+    (path / "document.txt").write_text(TEXT)
+    return path
+
 
 def pytest_collection_modifyitems(items):
     devices = torch.cuda.device_count()

@@ -1,6 +1,7 @@
 """The commands as a user calls them, on a tiny model in a real directory."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -10,26 +11,8 @@ import torch
 from apb.cli import main
 from apb.cli.demo import hide_key
 from apb.costs import LLAMA_3_1_8B, host_cost
+from apb.methods import METHODS, make_method
 from apb.plan import plan_context
-from apb.testing.tiny import tiny_model
-
-TEXT = "the quick brown fox jumps over the lazy dog and the key is red . " * 4
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    """Return a directory with a tiny Llama of 4 layers and a tokenizer of one token a word."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    path = tmp_path_factory.mktemp("tiny")
-    words = ["<unk>", *sorted(set((TEXT + " what is it ?").split()))]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(path)
-    tiny_model(vocab_size=len(words)).save_pretrained(path)
-    (path / "document.txt").write_text(TEXT)
-    return path
 
 
 def generate(model_dir, *more):
@@ -69,6 +52,33 @@ def test_generate_with_everything_passed_equals_exact_attention(capsys, model_di
     assert split == exact
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_generate_with_every_method(capsys, model_dir, name):
+    """Exact ones answer as one host; all say who they are and what they scored."""
+    hosts = "1" if make_method(name).one_host else "3"
+    assert (
+        main(generate(model_dir, "--method", name, "--hosts", hosts, "--host-kind", "threads", "--compare-exact")) == 0
+    )
+    mine, exact = json.loads(capsys.readouterr().out)
+    assert (mine["title"], exact["title"]) == (METHODS[name].title, METHODS["flash"].title)
+    if make_method(name).exact:
+        assert mine["tokens"] == exact["tokens"]
+        assert sum(host["of_exact"] for host in mine["hosts"]) == pytest.approx(1)
+    if name != "minference":  # how much it scores depends on what it finds
+        assert all(host["pairs"] == host["cost"]["pairs"] for host in mine["hosts"])
+
+
+def test_generate_takes_settings_in_the_methods_name(capsys, model_dir):
+    run = ("--hosts", "2", "--host-kind", "threads")
+    assert main(generate(model_dir, "--method", "star:anchor=7", *run)) == 0
+    assert main(generate(model_dir, "--method", "star", "--anchor", "7", *run)) == 0
+    first, second = (
+        json.loads(text)[0] for text in re.split(r"(?<=^\])\n", capsys.readouterr().out.strip(), flags=re.M)
+    )
+    assert first["tokens"] == second["tokens"]
+    assert first["method"] == second["method"] == "Star(backend='auto', anchor=7)"
+
+
 def test_torchrun_ranks_are_the_hosts(capsys, model_dir):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "apb"]
     done = subprocess.run([*command, *generate(model_dir)], capture_output=True, text=True, timeout=200)
@@ -92,6 +102,9 @@ def test_doctor_says_what_runs(capsys):
         (("--hosts", "0"), "hosts: expected at least 1"),
         (("--hosts", "3", "--anchor", "1000"), "anchor: 1000 tokens reach into the second block"),
         (("--hosts", "3", "--passing", "-1"), "passing: expected an integer ≥ 0, got -1"),
+        (("--method", "spiral"), "method: expected one of flash, ring"),
+        (("--method", "flash", "--hosts", "2"), "hosts: flash attention runs on one host, got 2"),
+        (("--method", "star", "--passing", "2"), "passing: star does not know it"),
         (("--hosts", "2", "--compressor", "retaining-head"), "give its file with --heads"),
         (("--max-new-tokens", "0"), "max_new_tokens: expected at least 1"),
     ],

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from apb.testing.bugs import BUGS
+from apb.testing.bugs import BUGS as APB_BUGS
+from apb.testing.method_bugs import METHOD_BUGS
 
+BUGS = (*APB_BUGS, *METHOD_BUGS)
 ROOT = Path(__file__).parents[1]
 # A failure is all we want to see, not its smallest example.
 PROFILE = """
@@ -45,7 +47,7 @@ def test_a_planted_bug_is_noticed(bug, tmp_path):
     source = tmp_path / "apb" / bug.file
     text = source.read_text()
     assert text.count(bug.old) == 1, (
-        f"{bug.file} holds the old text {text.count(bug.old)} times: update apb.testing.bugs"
+        f"{bug.file} holds the old text {text.count(bug.old)} times: update apb/testing/*bugs.py"
     )
     source.write_text(text.replace(bug.old, bug.new))
 

@@ -22,9 +22,9 @@ from apb.plan import ContextPlan, Layout
 
 __all__ = ["run"]
 
-Q_HEADS, KV_HEADS, DIM = 32, 8, 128
+Q_HEADS, KV_HEADS, DIM = 32, 32, 128  # as many keys as queries (Llama-2-7B): the most there is to send
 TOKENS = (16384, 32768, 131072)
-_REPEATS = 7
+_REPEATS = 9
 
 
 def run(quick: bool = False, out: Path | None = None) -> list[Row]:
@@ -44,17 +44,17 @@ def run(quick: bool = False, out: Path | None = None) -> list[Row]:
         )
     env = environment()
     print(f"{hosts} × {env['device']}, torch {env['torch']}, {Q_HEADS}/{KV_HEADS} heads of {DIM}, bf16, one layer")
-    print(f"{'layout':>10} {'tokens':>7} {'layer ms':>9} {'compute':>9} {'send':>9} {'hidden':>7} {'TFLOP/s':>8}")
+    head = ("layer ms", "compute", "send", "exposed", "hidden", "TFLOP/s")
+    print(f"{'layout':>10} {'tokens':>7} " + " ".join(f"{name:>8}" for name in head))
     lengths = TOKENS[:2] if quick else TOKENS
     cases = [(layout, tokens) for tokens in lengths for layout in get_args(Layout)]
     rows = []
     for (layout, tokens), times in zip(cases, run_processes(hosts, _measure, cases, backend="nccl")[0], strict=True):
         layer, compute, send = times
-        hidden = (compute + send - layer) / send
+        exposed = layer - compute
         tflops = 4 * DIM * Q_HEADS * tokens * (tokens + 1) / 2 / layer / 1e9
-        print(
-            f"{layout:>10} {tokens:>7} {layer:9.3f} {compute:9.3f} {send:9.3f} {hidden:7.0%} {tflops:8.0f}", flush=True
-        )
+        figures = f"{layer:8.3f} {compute:8.3f} {send:8.3f} {exposed:8.3f} {1 - exposed / send:8.0%} {tflops:8.0f}"
+        print(f"{layout:>10} {tokens:>7} {figures}", flush=True)
         for backend, ms in (("layer", layer), ("compute alone", compute), ("send alone", send)):
             rate, notes = (tflops, "TFLOP/s of all hosts together") if backend == "layer" else (math.nan, "")
             case = f"{layout} {tokens} on {hosts}"
@@ -88,11 +88,12 @@ def _measure_one(host: Host, method: Ring, tokens: int) -> list[float]:
         for heads in (Q_HEADS, KV_HEADS, KV_HEADS)
     )
     silent: Any = _Silent(host)
-    return [
-        _slowest_ms(lambda: method.attend(q, k, v, Context(plan, host)), host),
-        _slowest_ms(lambda: method.attend(q, k, v, Context(plan, silent)), host),
-        _slowest_ms(lambda: _send(torch.cat((k, v), dim=-1), plan, host), host),
+    calls: list[Callable[[], object]] = [
+        lambda: method.attend(q, k, v, Context(plan, host)),
+        lambda: method.attend(q, k, v, Context(plan, silent)),
+        lambda: _send(torch.cat((k, v), dim=-1), plan, host),
     ]
+    return _slowest_ms(calls, host)
 
 
 def _send(x: Tensor, plan: ContextPlan, host: Host) -> None:
@@ -101,15 +102,17 @@ def _send(x: Tensor, plan: ContextPlan, host: Host) -> None:
         x = host.exchange(x, to=(host.rank + 1) % n, source=(host.rank - 1) % n, what="ring").wait()
 
 
-def _slowest_ms(call: Callable[[], object], host: Host) -> float:
-    """Time a call that all hosts make together: the slowest host's median over the repeats."""
-    call()
-    times = []
-    for _ in range(_REPEATS):
-        torch.cuda.synchronize()
-        host.all_gather_object(None, what="start")
-        began = time.perf_counter()
-        call()
-        torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - began))
-    return max(host.all_gather_object(statistics.median(times), what="times"))
+def _slowest_ms(calls: list[Callable[[], object]], host: Host) -> list[float]:
+    """Time calls that all hosts make together, in turn: of each, the slowest host's median over the repeats."""
+    times: list[list[float]] = [[] for _ in calls]
+    for repeat in range(1 + _REPEATS):
+        for call, found in zip(calls, times, strict=True):
+            torch.cuda.synchronize()
+            host.all_gather_object(None, what="start")
+            began = time.perf_counter()
+            call()
+            torch.cuda.synchronize()
+            if repeat:  # the first warms up
+                found.append(1e3 * (time.perf_counter() - began))
+    medians = host.all_gather_object([statistics.median(found) for found in times], what="times")
+    return [max(other) for other in zip(*medians, strict=True)]

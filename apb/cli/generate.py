@@ -127,8 +127,9 @@ def describe(report: Report) -> str:
     lines += ["", table(head, rows), ""]
     phases = list(report.hosts[0].phase_ms)
     times = [(host.rank, *(f"{host.phase_ms.get(name, 0.0):,.0f}" for name in phases)) for host in report.hosts]
-    inside = {"compress": "compress*", "pass": "pass*", "attend": "attend*"}
-    lines += [table(("ms on host", *(inside.get(name, name) for name in phases)), times), "* inside prefill"]
+    inside = ("compress", "index", "pass", "attend", "merge")
+    head = ("ms on host", *(f"{name}*" if name in inside else name for name in phases))
+    lines += [table(head, times), "* inside prefill"]
     return "\n".join(lines)
 
 

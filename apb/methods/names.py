@@ -31,10 +31,10 @@ class Named:
     settings: dict[str, Callable[[str], Any]] = field(default_factory=dict)
 
 
-def _compressor(name: str | Compressor) -> Compressor:
-    if isinstance(name, str) and name not in TRAINING_FREE:
+def _compressor(name: str) -> Compressor:
+    if name not in TRAINING_FREE:
         raise ValueError(f"expected one of {', '.join(TRAINING_FREE)}, got {name!r}")
-    return TRAINING_FREE[name]() if isinstance(name, str) else name
+    return TRAINING_FREE[name]()
 
 
 METHODS: dict[str, Named] = {
@@ -76,6 +76,8 @@ def make_method(text: str, **settings: Any) -> Method:
         if key not in known.settings:
             takes = ", ".join(known.settings) or "no settings"
             raise ValueError(f"{key}: {name} does not know it; it takes {takes}")
+        if not isinstance(given[key], str):
+            continue
         try:
             given[key] = known.settings[key](given[key])
         except ValueError as error:

@@ -17,7 +17,17 @@ from torch import Tensor
 from apb.plan import ContextPlan
 from apb.reference import attention, kept_indices
 
-__all__ = ["LayerResult", "Stack", "blocks_of", "key_norm", "layer", "nothing", "query_aware", "runs_anchor"]
+__all__ = [
+    "DocumentStack",
+    "LayerResult",
+    "Stack",
+    "blocks_of",
+    "key_norm",
+    "layer",
+    "nothing",
+    "query_aware",
+    "runs_anchor",
+]
 
 Rows = tuple[Tensor, Tensor, Tensor]
 """q, k and v after RoPE, `[batch, heads, rows, dim]`."""
@@ -201,3 +211,51 @@ class Stack:
         out = rearrange(out.to(hidden.dtype), "b h n d -> b n (h d)")
         hidden = hidden + module.self_attn.o_proj(out)
         return hidden + module.mlp(module.post_attention_layernorm(hidden))
+
+
+class DocumentStack(Stack):
+    """A whole model under a mask over the document: what Star, APE and exact attention come to, on any hosts.
+
+    Args:
+        model: the model.
+        mask: which document token sees which, `[tokens, tokens]`.
+        place: position of each document token.
+        next_place: position of what follows the document.
+        ask: (q, k, v) → out, how later rows attend to all keys, the document's and then their own; None: causally.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        mask: Tensor,
+        *,
+        place: Tensor,
+        next_place: int,
+        ask: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    ) -> None:
+        self.model, self.mask, self.place, self.next_place, self.ask = model, mask, place, next_place, ask or causal
+        self.keys, self.values, self.hidden = [], [], []
+
+    @torch.no_grad()
+    def prefill(self, document: Tensor, query: Tensor | None = None) -> None:
+        """Run the document through the model, all of it at once; the query comes later."""
+        hidden = self.model.model.embed_tokens(document)
+        for module in self.model.model.layers:
+            q, k, v = self._project(module, hidden, self.place)
+            self.keys.append(k)
+            self.values.append(v)
+            hidden = self._finish(module, hidden, attention(q, k, v, self.mask)[0])
+        self.hidden = [self.model.model.norm(hidden)]
+
+    @torch.no_grad()
+    def extend(self, ids: Tensor) -> Tensor:
+        """Run new tokens against everything cached; return the logits after the last one."""
+        place = torch.arange(self.next_place, self.next_place + ids.shape[1])
+        self.next_place += ids.shape[1]
+        hidden = self.model.model.embed_tokens(ids)
+        for i, module in enumerate(self.model.model.layers):
+            q, k, v = self._project(module, hidden, place)
+            self.keys[i] = torch.cat((self.keys[i], k), dim=2)
+            self.values[i] = torch.cat((self.values[i], v), dim=2)
+            hidden = self._finish(module, hidden, self.ask(q, self.keys[i], self.values[i]))
+        return self.model.lm_head(self.model.model.norm(hidden)[:, -1])

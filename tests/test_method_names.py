@@ -1,0 +1,82 @@
+"""Methods by name: every name makes its method, settings come as text, and a wrong one says so."""
+
+import re
+
+import pytest
+
+from apb.compress import KeyNorm, QueryAware, SnapKV
+from apb.methods import APB, APE, METHODS, Flash, Method, Ring, Star, Ulysses, make_method
+
+
+@pytest.mark.parametrize(
+    ("text", "made"),
+    [
+        ("flash", Flash()),
+        ("ring", Ring()),
+        ("ring-zigzag", Ring(layout="zigzag")),
+        ("ulysses", Ulysses()),
+        ("star", Star()),
+        ("star:", Star()),
+        ("star:anchor=1024", Star(anchor=1024)),
+        ("ape", APE()),
+        ("ape:prefix=3,temperature=1,scale=0.5", APE(prefix=3, temperature=1.0, scale=0.5)),
+        ("apb", APB(compressor=QueryAware())),
+        ("apb: anchor = 8 , passing=4", APB(anchor=8, passing=4)),
+        ("apb:compressor=snapkv,query_in=after,layout=zigzag",
+         APB(compressor=SnapKV(), query_in="after", layout="zigzag")),
+        ("ulysses:backend=reference", Ulysses(backend="reference")),
+    ],
+)  # fmt: skip
+def test_a_name_with_settings_makes_the_method(text, made):
+    assert make_method(text) == made
+
+
+def test_settings_may_be_values_or_text_and_those_in_the_text_come_first():
+    assert make_method("apb", anchor="8", passing=4, compressor=KeyNorm()) == make_method(
+        "apb:anchor=8,passing=4,compressor=key-norm"
+    )
+    assert make_method("star:anchor=5", anchor=7) == Star(anchor=5)
+    assert make_method("star", anchor=None) == Star()
+    with pytest.raises(ValueError, match=r"anchor: expected an integer ≥ 0, got 7\.5"):
+        make_method("star", anchor=7.5).plan(tokens=20, hosts=2)  # not cut to 7
+    assert make_method("ring", backend="sdpa") == Ring(backend="sdpa")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_a_name_promises_is_what_its_method_does(name):
+    method = make_method(name, backend="reference")
+    assert isinstance(method, Method) and method.backend == "reference"
+    if method.one_host:
+        with pytest.raises(ValueError, match=r"hosts: .* runs on one host, got 2"):
+            method.plan(tokens=10, hosts=2)
+    else:
+        assert method.plan(tokens=10, hosts=2, query=1).hosts == 2
+    assert method.exact == (name in ("flash", "ring", "ring-zigzag", "ulysses"))
+    for setting in METHODS[name].settings:
+        assert hasattr(method, setting)
+
+
+@pytest.mark.parametrize(
+    ("text", "settings", "says"),
+    [
+        ("spiral", {}, f"method: expected one of {', '.join(METHODS)}, got 'spiral'"),
+        ("", {}, "method: expected one of flash,"),
+        ("Ring", {}, "method: expected one of flash,"),
+        ("ring:layout=zigzag", {}, "layout: ring does not know it; it takes no settings"),
+        ("flash", {"anchor": 3}, "anchor: flash does not know it; it takes no settings"),
+        ("star:passing=3", {}, "passing: star does not know it; it takes anchor"),
+        ("ape:anchor=3", {}, "anchor: ape does not know it; it takes prefix, temperature, scale"),
+        ("star:anchor=many", {}, "anchor: invalid literal for int"),
+        ("star:anchor", {}, "anchor: invalid literal for int"),
+        ("ape:temperature=warm", {}, "temperature: could not convert string to float"),
+        ("ape:temperature=0", {}, "temperature: expected a number > 0, got 0.0"),
+        ("ape:prefix=-2", {}, "prefix: expected an integer ≥ 0, got -2"),
+        ("apb:compressor=gzip", {}, "compressor: expected one of "),
+        ("apb:anchor=-1", {}, "anchor: expected an integer ≥ 0, got -1"),
+        ("apb", {"passing": "-1"}, "passing: expected an integer ≥ 0, got -1"),
+    ],
+)
+def test_a_wrong_name_or_setting_says_what_would_be_right(text, settings, says):
+    with pytest.raises(ValueError, match=re.escape(says)) as raised:
+        make_method(text, **settings)
+    assert len(str(raised.value).splitlines()) == 1
