@@ -6,7 +6,7 @@ from attention_cases import HEADS, LAYOUTS, LENGTHS, SEEDS, assert_attention, dr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apb.attend import masked_attention
+from apb.attend import decode_attention, masked_attention
 from apb.reference import apb_mask
 
 pytest.importorskip("triton")
@@ -37,6 +37,27 @@ def test_equals_the_oracle(seed, heads, lengths, missing, tiles, dim, dtype, lay
     tiles = tiles._replace(tma=tiles.tma and tma_can_read(k) and tma_can_read(v))
     out, lse = launch(q, k, v, anchor, passing, dim**-0.5, tiles)
     assert_attention(out, lse, q, k, v, apb_mask(rows, sum(lengths), anchor, passing))
+
+
+@given(seed=SEEDS, heads=HEADS, rows=LENGTHS, columns=LENGTHS, tiles=TILES, dim=st.sampled_from([16, 80]),
+       layout=LAYOUTS)  # fmt: skip
+def test_a_rectangle_that_every_row_sees(seed, heads, rows, columns, tiles, dim, layout):
+    if rows == 0 or columns == 0:
+        return
+    q, k, v = draw_inputs(seed, heads, rows, columns, dim, torch.float32, layout)
+    tiles = tiles._replace(tma=tiles.tma and tma_can_read(k) and tma_can_read(v))
+    out, lse = launch(q, k, v, 0, 0, dim**-0.5, tiles, causal=False)
+    assert_attention(out, lse, q, k, v, torch.ones(rows, columns, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("rows", "columns"), [(17, 9), (17, 17), (40, 90)])
+def test_many_rows_against_a_cache(monkeypatch, rows, columns, causal):
+    monkeypatch.setattr("apb.attend._FEW_ROWS", 16)
+    q, k, v = draw_inputs(rows, (1, 1, 2), rows, columns, 16, torch.float32)
+    out, lse = decode_attention(q, k, v, causal=causal, backend="triton")
+    mask = apb_mask(rows, columns, 0, 0) if causal else torch.ones(rows, columns, dtype=torch.bool)
+    assert_attention(out, lse, q, k, v, mask)
 
 
 @given(seed=SEEDS, lengths=st.tuples(LENGTHS, LENGTHS, LENGTHS), j=st.integers(0, 200), tma=st.booleans())
@@ -85,6 +106,7 @@ def test_every_element_is_written(monkeypatch):
 def test_as_a_torch_operator():
     q, k, v = draw_inputs(3, (1, 1, 2), 9, 12, 16, torch.float32, "tokens_first")
     torch.library.opcheck(torch.ops.apb.masked_flash.default, (q, k, v, 4, 3, 0.25))
+    torch.library.opcheck(torch.ops.apb.masked_flash.default, (q, k, v, 0, 0, 0.25, False))
 
 
 def test_the_backend_by_name():

@@ -95,8 +95,9 @@ def describe(outcomes: list[Outcome]) -> str:
         lines.append(table(head, [_row(outcome, phases) for outcome in ran], left=("method", "answer")))
         lines += [
             "",
-            "Milliseconds on the slowest host; first token = prefill + question; pairs of query and key, all heads;",
-            "sent in the prefill; logits: largest difference, at the first token, from exact attention on one host.",
+            "Milliseconds on the slowest host, not always the same; first token: prefill and question together;",
+            "pairs of query and key, all heads; MB on the fullest host, sent in the prefill, peak beyond the weights;",
+            "logits: largest difference, at the first token, from exact attention on one host.",
         ]
     lines += [f"{outcome.name}: {outcome.error}" for outcome in outcomes if not outcome.report]
     return "\n".join(lines)
@@ -113,7 +114,7 @@ def _row(outcome: Outcome, phases: list[str]) -> tuple[str, ...]:
         outcome.name,
         str(len(report.hosts)),
         *(f"{ms:,.0f}" for ms in times),
-        f"{times[-2] + times[-1]:,.0f}",
+        f"{max(host.phase_ms['prefill'] + host.phase_ms['query'] for host in report.hosts):,.0f}",
         f"{_worst(outcome, 'decode') / after_first:,.0f}",
         f"{max(host.pairs for host in report.hosts):,.0f}",
         f"{max(host.of_exact for host in report.hosts):.1%}",

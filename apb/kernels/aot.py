@@ -21,7 +21,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import decode, masked_flash, merge
+from . import decode, masked_flash, merge, vertical_slash
 
 __all__ = [
     "SHARED_BYTES_LIMIT",
@@ -31,6 +31,7 @@ __all__ = [
     "report_decode",
     "report_masked_flash",
     "report_merge",
+    "report_vertical_slash",
 ]
 
 SHARED_BYTES_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -126,7 +127,7 @@ def _assemble(ptx: str, capability: int, shared_bytes: int) -> Report:
     )
 
 
-def report_masked_flash(dtype: torch.dtype, dim: int, capability: int, *, tma: bool) -> Report:
+def report_masked_flash(dtype: torch.dtype, dim: int, capability: int, *, tma: bool, causal: bool = True) -> Report:
     """Compile the masked attention kernel with its table's tiles, for keys and values that TMA can read or cannot."""
     tiles = masked_flash.choose_tiles(dtype, dim, divmod(capability, 10), tma=tma)
     name, block_d = _TRITON_NAME[dtype], triton.next_power_of_2(dim)
@@ -135,7 +136,7 @@ def report_masked_flash(dtype: torch.dtype, dim: int, capability: int, *, tma: b
         types["k"] = types["v"] = f"tensordesc<{name}[1, 1, {tiles.block_n}, {block_d}]>"
     constants = {f"stride_{x}d": 1 for x in "qkvo"} | {
         "D": dim, "BLOCK_D": block_d, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "TMA": tiles.tma,
-        "STAGES": tiles.stages, "DIAGONAL_STAGES": tiles.diagonal_stages,
+        "STAGES": tiles.stages, "DIAGONAL_STAGES": tiles.diagonal_stages, "CAUSAL": causal,
     }  # fmt: skip
     kernel = masked_flash.masked_flash_kernel
     return compile_kernel(kernel, types, constants, capability=capability, warps=tiles.warps, stages=tiles.stages)
@@ -152,6 +153,24 @@ def report_decode(dtype: torch.dtype, dim: int, packed_rows: int, capability: in
     }  # fmt: skip
     kernel = decode.split_kv_decode_kernel
     return compile_kernel(kernel, types, constants, capability=capability, warps=tiles.warps, stages=tiles.stages)
+
+
+def report_vertical_slash(dtype: torch.dtype, dim: int, capability: int, *, tma: bool) -> Report:
+    """Compile the kernel over listed keys, one list for all row tiles, for keys that TMA can read or cannot."""
+    cut = vertical_slash.choose_tiles(dtype, dim, divmod(capability, 10), tma=tma)
+    name, block_d = _TRITON_NAME[dtype], triton.next_power_of_2(dim)
+    types = {x: f"*{name}" for x in ("q", "k", "v", "k_tiles", "v_tiles", "out")} | {"lse": "*fp32"}
+    types |= {x: "*i32" for x in ("tiles", "tile_counts", "columns", "column_counts")} | {"covered": "*u8"}
+    types["scale_log2"] = "fp32"
+    if cut.tma:
+        types["k_tiles"] = types["v_tiles"] = f"tensordesc<{name}[1, 1, {cut.block_n}, {block_d}]>"
+    constants = {f"stride_{x}d": 1 for x in "qkvo"} | {
+        "LISTS": False, "D": dim, "BLOCK_D": block_d, "BLOCK_M": cut.block_m, "BLOCK_N": cut.block_n,
+        "TILE": vertical_slash.TILE, "TMA": cut.tma, "STAGES": cut.stages,
+        "COLUMN_STAGES": cut.column_stages,
+    }  # fmt: skip
+    kernel = vertical_slash.vertical_slash_kernel
+    return compile_kernel(kernel, types, constants, capability=capability, warps=cut.warps, stages=cut.stages)
 
 
 def report_merge(dim: int, capability: int) -> Report:
@@ -173,6 +192,11 @@ def all_reports(capability: int) -> Iterator[dict[str, Any]]:
             for tma in (False, True) if dtype == torch.bfloat16 and capability >= 90 else (False,):
                 name = "masked_flash" + (" tma" if tma else "")
                 reports[name] = report_masked_flash(dtype, dim, capability, tma=tma)
+                if dtype == torch.bfloat16:
+                    reports[name + " full"] = report_masked_flash(dtype, dim, capability, tma=tma, causal=False)
+                reports["vertical_slash" + (" tma" if tma else "")] = report_vertical_slash(
+                    dtype, dim, capability, tma=tma
+                )
             for packed_rows in (16, 64) if dtype == torch.bfloat16 else (16,):
                 reports[f"decode {packed_rows} rows"] = report_decode(dtype, dim, packed_rows, capability)
             for name, report in reports.items():

@@ -103,10 +103,13 @@ def masked_flash_kernel(
     rows, columns, anchor_tokens, anchor_rows, kv_heads, group,
     stride_qb, stride_qh, stride_qn, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd, stride_ob, stride_oh, stride_on, stride_od,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
-    STAGES: tl.constexpr, DIAGONAL_STAGES: tl.constexpr,
+    CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    TMA: tl.constexpr, STAGES: tl.constexpr, DIAGONAL_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Compute one row tile of one query head; `lse` is [batch, q_heads, rows], contiguous."""
+    """Compute one row tile of one query head; `lse` is [batch, q_heads, rows], contiguous.
+
+    If not CAUSAL every row sees every column, and there are no anchor rows.
+    """
     # Which (batch, KV head, row tile, query head of the group): the last varies fastest.
     block_tiles = tl.cdiv(rows - anchor_rows, BLOCK_M)
     tiles = block_tiles + tl.cdiv(anchor_rows, BLOCK_M)
@@ -136,9 +139,14 @@ def masked_flash_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    limit = row + shift  # the last column that each row sees
-    full = (first + shift + 1) // BLOCK_N * BLOCK_N  # the columns before it are seen by every row
-    hi = tl.minimum(first + BLOCK_M, end) + shift
+    if CAUSAL:
+        limit = row + shift  # the last column that each row sees
+        full = (first + shift + 1) // BLOCK_N * BLOCK_N  # the columns before it are seen by every row
+        hi = tl.minimum(first + BLOCK_M, end) + shift
+    else:
+        limit = tl.zeros([BLOCK_M], tl.int32) + (columns - 1)
+        full = columns // BLOCK_N * BLOCK_N
+        hi = columns
     acc, peak, total = sweep(acc, peak, total, q_tile, k, v, batch, kv_head, 0, full, limit,
                              stride_kn, stride_kd, stride_vn, stride_vd, scale_log2,
                              D, BLOCK_N, BLOCK_D, False, TMA, STAGES)  # fmt: skip
@@ -156,12 +164,13 @@ def masked_flash_kernel(
 
 
 def launch(
-    q: Tensor, k: Tensor, v: Tensor, anchor_tokens: int, passing_tokens: int, scale: float, tiles: Tiles
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, anchor_tokens: int, passing_tokens: int, scale: float, tiles: Tiles,
+    causal: bool = True,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Run the kernel with the given tiles; `tiles.tma` needs keys and values that `tma_can_read`."""
     batch, q_heads, rows, dim = q.shape
     kv_heads, columns = k.shape[1], k.shape[2]
-    anchor_rows = max(0, rows - (columns - anchor_tokens - passing_tokens))
+    anchor_rows = max(0, rows - (columns - anchor_tokens - passing_tokens)) if causal else 0
     out = torch.empty_like(q)
     lse = torch.empty((batch, q_heads, rows), dtype=torch.float32, device=q.device)
     block_d = triton.next_power_of_2(dim)
@@ -175,31 +184,34 @@ def launch(
             q, keys, values, out, lse, scale * math.log2(math.e),
             rows, columns, anchor_tokens, anchor_rows, kv_heads, q_heads // kv_heads,
             *q.stride(), *k.stride(), *v.stride(), *out.stride(),
-            D=dim, BLOCK_D=block_d, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, TMA=tiles.tma,
-            STAGES=tiles.stages, DIAGONAL_STAGES=tiles.diagonal_stages, num_warps=tiles.warps,
+            CAUSAL=causal, D=dim, BLOCK_D=block_d, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
+            TMA=tiles.tma, STAGES=tiles.stages, DIAGONAL_STAGES=tiles.diagonal_stages, num_warps=tiles.warps,
         )  # fmt: skip
     return out, lse
 
 
 @torch.library.custom_op("apb::masked_flash", mutates_args=())
 def _masked_flash(
-    q: Tensor, k: Tensor, v: Tensor, anchor_tokens: int, passing_tokens: int, scale: float
+    q: Tensor, k: Tensor, v: Tensor, anchor_tokens: int, passing_tokens: int, scale: float, causal: bool = True
 ) -> tuple[Tensor, Tensor]:
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (0, 0)
     tiles = choose_tiles(q.dtype, q.shape[-1], capability, tma=tma_can_read(k) and tma_can_read(v))
-    return launch(q, k, v, anchor_tokens, passing_tokens, scale, tiles)
+    return launch(q, k, v, anchor_tokens, passing_tokens, scale, tiles, causal)
 
 
 @_masked_flash.register_fake
-def _(q, k, v, anchor_tokens, passing_tokens, scale):
+def _(q, k, v, anchor_tokens, passing_tokens, scale, causal=True):
     return torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
 def masked_flash(
-    q: Tensor, k: Tensor, v: Tensor, *, anchor_tokens: int, passing_tokens: int, scale: float
+    q: Tensor, k: Tensor, v: Tensor, *, anchor_tokens: int, passing_tokens: int, scale: float, causal: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Attend as `apb.attend.masked_attention`, which checks the arguments; needs at least one row."""
-    return _masked_flash(q, k, v, anchor_tokens, passing_tokens, scale)
+    """Attend as `apb.attend.masked_attention`, which checks the arguments; needs at least one row.
+
+    With causal=False every row sees every key (no anchor, no passing tokens, at least one key).
+    """
+    return _masked_flash(q, k, v, anchor_tokens, passing_tokens, scale, causal)
 
 
 def tma_can_read(x: Tensor) -> bool:

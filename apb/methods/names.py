@@ -4,11 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from apb.attend import AShape, BlockSparse, Pattern, VerticalSlash
 from apb.compress import TRAINING_FREE, Compressor
 from apb.methods.apb import APB
 from apb.methods.ape import APE
 from apb.methods.flash import Flash
 from apb.methods.method import Method
+from apb.methods.minference import MInference
 from apb.methods.ring import Ring
 from apb.methods.star import Star
 from apb.methods.ulysses import Ulysses
@@ -37,6 +39,25 @@ def _compressor(name: str) -> Compressor:
     return TRAINING_FREE[name]()
 
 
+def _minference(pattern: str = "vertical-slash", **settings: Any) -> MInference:
+    if pattern not in _PATTERNS:
+        raise ValueError(f"pattern: expected one of {', '.join(_PATTERNS)}, got {pattern!r}")
+    make, budgets = _PATTERNS[pattern]
+    known = {"backend", "dense_below"}
+    chosen = budgets | {name: settings.pop(name) for name in settings.keys() - known}
+    if chosen.keys() - budgets.keys():
+        raise ValueError(
+            f"pattern: {pattern} takes {', '.join(budgets)}, got {', '.join(chosen.keys() - budgets.keys())}"
+        )
+    return MInference(pattern=make(**chosen), **settings)
+
+
+_PATTERNS: dict[str, tuple[Callable[..., Pattern], dict[str, int]]] = {
+    "vertical-slash": (VerticalSlash, {"vertical": 512, "slash": 2048}),
+    "a-shape": (AShape, {"sink": 128, "local": 3968}),
+    "block-sparse": (BlockSparse, {"blocks": 100}),
+}
+
 METHODS: dict[str, Named] = {
     "flash": Named(title="Exact attention", make=Flash),
     "ring": Named(title="Ring Attention", make=Ring),
@@ -44,6 +65,14 @@ METHODS: dict[str, Named] = {
     "ulysses": Named(title="Ulysses", make=Ulysses),
     "star": Named(title="Star Attention", make=Star, settings={"anchor": int}),
     "ape": Named(title="APE", make=APE, settings={"prefix": int, "temperature": float, "scale": float}),
+    "minference": Named(
+        title="MInference",
+        make=_minference,
+        settings={
+            "pattern": str,
+            **dict.fromkeys(("vertical", "slash", "sink", "local", "blocks", "dense_below"), int),
+        },
+    ),
     "apb": Named(
         title="APB",
         make=APB,
