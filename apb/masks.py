@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 
 from apb.methods import Method
 from apb.plan import ContextPlan
 from apb.viz import check_picture
 
-__all__ = ["mask_grid", "masks_picture", "masks_text"]
+__all__ = ["mask_grid", "masks_picture", "masks_text", "shrink"]
 
 _SHADES = " ░▒▓█"
 _SAMPLES = 8  # rows looked at for each row of cells
@@ -38,6 +39,12 @@ def mask_grid(
     summed = torch.nn.functional.pad(seen.cumsum(dim=1), (1, 0))
     share = (summed[:, edges[1:]] - summed[:, edges[:-1]]) / (edges[1:] - edges[:-1])
     return share.view(cells, _SAMPLES, cells).mean(dim=1)
+
+
+def shrink(grid: Float[Tensor, "cells cells"], cells: int = 18) -> Float[Tensor, "fewer fewer"]:
+    """Average a grid down to at most `cells` a side."""
+    side = min(cells, len(grid))
+    return adaptive_avg_pool2d(grid[None], (side, side))[0]
 
 
 def masks_text(grids: Mapping[str, Tensor], *, per_line: int = 4) -> str:

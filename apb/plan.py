@@ -200,9 +200,11 @@ class ContextPlan:
         inside = self.query_in == "prefill" or (self.query_in == "anchor" and self.anchor)
         place = f"in the {self.query_in}" if inside else "after the prefill"
         query = f"query {self.query} {place}" if self.query else "no query"
+        start = "shared prefix" if self.shared_prefix else "anchor"
+        again = ", positions reused" if self.reuse_positions else ""
         lines = [
-            f"{self.tokens} tokens over {self.hosts} host{'s' * (self.hosts > 1)}, {self.layout}: "
-            f"block {self.block_tokens}, anchor {self.anchor}, passing {self.passing}, {query}",
+            f"{self.tokens} tokens over {self.hosts} host{'s' * (self.hosts > 1)}, {self.layout}{again}: "
+            f"block {self.block_tokens}, {start} {self.anchor}, passing {self.passing}, {query}",
             "rank  block  tokens               anchor rows  receives  passes on",
         ]
         for host in self.host_plans:
@@ -267,18 +269,10 @@ def plan_context(
     if reuse_positions and not shared_prefix:
         raise ValueError("reuse_positions: blocks that begin where the anchor ends need shared_prefix=True, got False")
     plan = ContextPlan(
-        tokens=tokens,
-        hosts=hosts,
-        anchor=anchor,
-        passing=passing,
-        query=query,
-        query_offset=query_offset,
-        query_in=query_in,
-        anchor_on_first=anchor_on_first,
-        layout=layout,
-        shared_prefix=shared_prefix,
+        tokens=tokens, hosts=hosts, anchor=anchor, passing=passing, query=query, query_offset=query_offset,
+        query_in=query_in, anchor_on_first=anchor_on_first, layout=layout, shared_prefix=shared_prefix,
         reuse_positions=reuse_positions,
-    )
+    )  # fmt: skip
     if shared_prefix and (anchor > tokens or plan.anchor_rows > anchor):
         raise ValueError(
             f"anchor: a shared prefix of {anchor} tokens with {plan.anchor_rows - anchor} of the query among them; "

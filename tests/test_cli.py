@@ -121,3 +121,17 @@ def test_the_demo_hides_one_key_somewhere_in_the_text():
         document, key, depth = hide_key(seed)
         assert document.count(key) == 1 and len(key) == 5
         assert abs(document.index(key) / len(document) - depth) < 0.01
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_plan_of_a_method_shows_its_costs_and_its_mask(capsys, tmp_path, name):
+    hosts = 1 if make_method(name).one_host else 4
+    picture = tmp_path / "mask.svg"
+    arguments = ["plan", "--tokens", "1000", "--hosts", str(hosts), "--method", name, "--query-tokens", "5"]
+    assert main([*arguments, "--picture", str(picture)]) == 0
+    method, printed = make_method(name), capsys.readouterr().out
+    plan = method.plan(tokens=1000, hosts=hosts, query=5)
+    assert str(plan) in printed and "█" in printed and picture.stat().st_size > 1000
+    assert all(f"{method.cost(plan, rank, LLAMA_3_1_8B).pairs:,}" in printed for rank in range(hosts))
+    assert main([*arguments, "--hosts", "0"]) == 2
+    assert "hosts:" in capsys.readouterr().err

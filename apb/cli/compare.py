@@ -4,18 +4,16 @@ import argparse
 import json
 import os
 import sys
+from math import isnan
 from pathlib import Path
 from typing import Any, get_args
-
-from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d
 
 from apb.attend import Backend
 from apb.cli.generate import read_text
 from apb.cli.progress import show_phase
 from apb.cli.table import table
 from apb.compare import Outcome, compare
-from apb.masks import masks_picture, masks_text
+from apb.masks import masks_picture, masks_text, shrink
 from apb.methods import METHODS
 from apb.models import DEMO_MODEL
 from apb.run import HostKind, Job
@@ -24,7 +22,6 @@ from apb.viz import check_picture
 __all__ = ["add_arguments", "describe", "run"]
 
 _PHASES = ("compress", "index", "pass", "attend", "merge")
-_TEXT_CELLS = 18
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print(describe(outcomes))
         if grids:
-            small = {name: _shrink(grid) for name, grid in grids.items()}
+            small = {name: shrink(grid) for name, grid in grids.items()}
             print(f"\nWhat each document token (down) attends to (across), middle layer:\n\n{masks_text(small)}")
         if arguments.picture and grids:
             print(f"\nPicture: {arguments.picture}")
@@ -130,16 +127,11 @@ def _worst(outcome: Outcome, phase: str) -> float:
     return max(host.phase_ms.get(phase, 0.0) for host in outcome.report.hosts) if outcome.report else 0.0
 
 
-def _shrink(grid: Tensor) -> Tensor:
-    cells = min(_TEXT_CELLS, len(grid))
-    return adaptive_avg_pool2d(grid[None], (cells, cells))[0]
-
-
 def _as_json(outcome: Outcome) -> dict[str, Any]:
     return {
         "name": outcome.name,
         "error": outcome.error,
-        "logit_difference": outcome.logit_difference if outcome.report else None,
+        "logit_difference": None if isnan(outcome.logit_difference) else outcome.logit_difference,
         "report": outcome.report.as_json() if outcome.report else None,
     }
 

@@ -95,4 +95,25 @@ METHOD_BUGS = (
         new="sent = sum(plan.host(rank).block_rows",
         tests="tests/test_method_costs.py -k 'counted and ring'",
     ),
+    Bug(
+        name="a column that a tile covers is gathered as well",
+        file="kernels/vertical_slash.py",
+        old="mask=inside, other=1) == 0",
+        new="mask=inside, other=1) >= 0",
+        tests="tests/test_vertical_slash_kernel.py -k by_name",
+    ),
+    Bug(
+        name="every diagonal's weight goes to its neighbour",
+        file="attend/patterns.py",
+        old="rows + tokens + 1, 1), 1)",
+        new="rows + tokens + 1, 1), 0)",
+        tests="tests/test_sparse_index.py -k column_and_diagonal",
+    ),
+    Bug(
+        name="tiles that leave a column out between them",
+        file="attend/sparse_index.py",
+        old="jump = following[..., (place + TILE).clamp(max=last)]",
+        new="jump = following[..., (place + TILE + 1).clamp(max=last)]",
+        tests="tests/test_sparse_index.py -k greedily",
+    ),
 )
