@@ -1,6 +1,7 @@
 """apb compare: one table over all methods, each held against exact attention, and their masks side by side."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apb.cli import main
+from apb.context import Context, Trace
 from apb.masks import mask_grid, masks_picture, masks_text
 from apb.memory import PeakMemory
 from apb.methods import METHODS, make_method
@@ -109,3 +111,23 @@ def test_peak_memory_is_what_came_on_top():
     x = torch.ones(30_000_000)  # 120 MB
     del x
     assert 100e6 < memory.bytes < 200e6
+
+
+def test_minference_shows_what_its_first_head_looked_at(capsys, model_dir, tmp_path):
+    document = tmp_path / "longer.txt"
+    document.write_text("the quick brown fox jumps over the lazy dog and the key is red . " * 24)
+    name = "minference:pattern=a-shape,sink=3,local=70,dense_below=0"
+    assert main(compare(model_dir, "--document", str(document), "--methods", name, "--json")) == 0
+    report = json.loads(capsys.readouterr().out)[0]["report"]
+    n = report["plan"]["tokens"]
+    method = make_method(name, backend="reference")
+    q = torch.zeros(1, 4, n, 16, dtype=torch.float64)
+    trace = Trace(keep_indices=True, counted=True)
+    method.attend(q, q, q, Context(method.plan(tokens=n, hosts=1), SimpleNamespace(rank=0), trace=trace))
+    assert n > 300 and report["hosts"][0]["pairs"] == trace.pairs[0]
+    share = trace.pairs[0] / (4 * n * (n + 1) / 2)
+    assert report["hosts"][0]["of_exact"] == pytest.approx(share) and share < 0.8
+    rows = torch.tensor([0, 5, 64, 130, n - 1])
+    seen = method.mask(method.plan(tokens=n, hosts=1), rows, {}, trace.indices[0])
+    assert torch.equal(seen, trace.indices[0].mask()[0, 0, rows])
+    assert seen[-1, :3].all() and not seen[-1, 3:64].any() and seen[-1, n - 70 :].all()

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+from apb.attend import AShape
 from apb.compress import KeyNorm
 from apb.context import Context
 from apb.generate import generate
 from apb.hf import share_weights
-from apb.methods import APB, APE, Flash, Ring, Star, Ulysses
+from apb.methods import APB, APE, Flash, MInference, Ring, Star, Ulysses
 from apb.parallel import run_processes, run_threads
 from apb.prompt import Prompt
 from apb.reference import ape_mask, ape_mix, attention, causal_mask, star_mask
@@ -24,12 +25,13 @@ METHODS = {
     "ring": Ring(),
     "ring-zigzag": Ring(layout="zigzag"),
     "ulysses": Ulysses(),
+    "minference": MInference(pattern=AShape(sink=900, local=1003), dense_below=0),  # all selected: exact
     "star": Star(anchor=70),
     "ape": APE(prefix=33, temperature=0.8, scale=0.9),
     "apb": APB(anchor=0, passing=TOKENS, compressor=KeyNorm(), query_in="after"),  # all passed: exact
     "apb-star": APB(anchor=70, passing=0, compressor=KeyNorm(), query_in="after"),
 }
-SPREAD = [name for name in METHODS if name != "flash"]
+SPREAD = [name for name, method in METHODS.items() if not method.one_host]
 
 
 def rows_of(dtype, heads):
@@ -95,7 +97,7 @@ def check(name, dtype, heads, results):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("name", list(METHODS))
 def test_thread_hosts_on_one_gpu_equal_the_reference(name, dtype, heads):
-    hosts = 1 if name == "flash" else 4
+    hosts = 1 if METHODS[name].one_host else 4
     check(name, dtype, heads, run_threads(hosts, attended, name, dtype, heads, device="cuda"))
 
 
@@ -116,7 +118,7 @@ def answer(host, name, weights=None):
 
 @pytest.mark.parametrize("name", list(METHODS))
 def test_a_model_answers_on_the_gpu_as_on_the_cpu(name):
-    hosts, weights = 1 if name == "flash" else 3, tiny_model(layers=3)
+    hosts, weights = 1 if METHODS[name].one_host else 3, tiny_model(layers=3)
     on_cpu = run_threads(hosts, answer, name, weights)
     assert run_threads(hosts, answer, name, weights.cuda(), device="cuda") == on_cpu
 
