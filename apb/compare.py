@@ -52,7 +52,7 @@ def compare(
 
     Raises:
         ValueError: no such method or setting; before anything runs.
-        HostFailed: a host died.
+        HostFailed: under torchrun, a rank died.
     """
     names = list(dict.fromkeys(names))
     methods = {name: make_method(name) for name in dict.fromkeys([*names, "flash"])}
@@ -72,8 +72,13 @@ def compare(
         mine = replace(job, method=name, keep_indices=True, hosts=1 if alone else job.hosts)
         try:
             found[name] = run_job(mine, on_phase=on_phase, here=alone)
-        except ValueError as error:  # the same on every host: this method cannot do it, others may
-            found[name] = str(error)
+        except (ValueError, RuntimeError) as error:
+            # This method cannot do it, others may; but torchrun's ranks have one group, and a broken one stays broken.
+            if isinstance(error, RuntimeError) and rank is not None and not alone:
+                raise
+            found[name] = str(error).splitlines()[0]
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
     exact = found.get("flash")
     return [_outcome(name, methods[name], found[name], exact) for name in names] if first else []
 
@@ -86,7 +91,7 @@ def _outcome(name: str, method: Method, report: Report | str | None, exact: Repo
         difference = float((report.generation.logits.double() - exact.generation.logits.double()).abs().max())
     kept = {block: torch.tensor(where, dtype=torch.int64) for host in report.hosts for block, where in host.kept}
     indices = report.generation.indices
-    index = indices[sorted(indices)[len(indices) // 2]] if indices else None
+    index = next(iter(indices.values()), None)  # the middle layer's alone was kept
     return Outcome(
         name=name,
         report=report,

@@ -13,7 +13,10 @@ from apb.compress.compressor import Projections
 from apb.parallel.host import Host
 from apb.plan import ContextPlan
 
-__all__ = ["Context", "Trace"]
+__all__ = ["PREFILL_PHASES", "Context", "Trace"]
+
+PREFILL_PHASES = ("compress", "index", "pass", "attend", "merge")
+"""What methods spend the prefill's time on, as `Trace.phase_ms` calls it."""
 
 
 @dataclass
@@ -23,6 +26,7 @@ class Trace:
     Attributes:
         timed: measure phases: with the wall clock, or with events on `device` if that is CUDA (nothing waits).
         keep_indices: fill `kept`.
+        keep_layer: fill them for this layer only.
         counted: add up `pairs`.
         device: where the work runs.
         kept: per (layer, block), the kept document positions `[batch, kv_heads, kept]`.
@@ -31,6 +35,7 @@ class Trace:
 
     timed: bool = False
     keep_indices: bool = False
+    keep_layer: int | None = None
     counted: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     kept: dict[tuple[int, int], Tensor] = field(default_factory=dict)
@@ -55,6 +60,10 @@ class Trace:
         for name, milliseconds in self._clocks:
             found[name] = found.get(name, 0.0) + milliseconds()
         return found
+
+    def keeps(self, layer: int) -> bool:
+        """Whether to note what `layer` chose."""
+        return self.keep_indices and self.keep_layer in (None, layer)
 
     def count_pairs(self, layer: int, pairs: int | Tensor) -> None:
         """Add query–key pairs that were scored in `layer`, summed over the query heads, for one batch entry."""

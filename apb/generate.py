@@ -30,7 +30,7 @@ class Generation:
         tokens: `[batch, new]`, chosen greedily; after a stop token a row repeats it.
         plan: how the document was split.
         cost: what the plan says one layer costs this host.
-        counters: what this host sent.
+        counters: what this host sent in this generation.
         prefill_bytes: of that, the bytes it sent in the prefill.
         logits: `[batch, vocab]`, after the question: what the first new token is chosen by.
         pairs: query–key pairs that this host scored in each layer of the prefill, summed over the query heads.
@@ -75,6 +75,7 @@ def generate(
     on_phase: Callable[[str, int, int], None] | None = None,
     timed: bool = True,
     keep_indices: bool = False,
+    keep_layer: int | None = None,
 ) -> Generation:
     """Answer greedily: prefill the document over all hosts, then the question and each new token against all caches.
 
@@ -89,6 +90,7 @@ def generate(
         on_phase: called with (phase, 0, 0) as each phase starts, and with ("prefill", done, total) after each layer.
         timed: measure the phases.
         keep_indices: note in `kept` and `indices` what each layer chose.
+        keep_layer: note it of this layer only.
 
     Raises:
         ValueError: an argument out of range, or a plan that is not possible.
@@ -101,9 +103,9 @@ def generate(
         if getattr(prompt, name).shape[-1] == 0:
             raise ValueError(f"{name}: it is empty; expected at least 1 token")
     device = host.device
-    trace = Trace(timed=timed, keep_indices=keep_indices, counted=True, device=device)
+    trace = Trace(timed=timed, keep_indices=keep_indices, keep_layer=keep_layer, counted=True, device=device)
     started = on_phase or (lambda name, done, total: None)
-    memory = PeakMemory(device)
+    before = host.counters.copy()
 
     started("plan", 0, 0)
     with trace.phase("plan"), host.together("plan"):
@@ -116,11 +118,12 @@ def generate(
         )
     host.agree((plan, method, shape, _digest(prompt), max_new_tokens), what="plan")
 
+    memory = PeakMemory(device)
     session = Session(model, method, plan, host, trace=trace, on_layer=partial(started, "prefill"))
     started("prefill", 0, 0)
     with trace.phase("prefill"):
         hidden = session.prefill(prompt.document, prompt.query)
-    prefill_bytes = sum(host.counters.sent_bytes.values())
+    prefill_bytes = sum(host.counters.since(before).sent_bytes.values())
     started("query", 0, 0)
     with trace.phase("query"):
         if plan.host(host.rank).query_rows:  # it has run along with the prefill
@@ -134,7 +137,7 @@ def generate(
         tokens=tokens,
         plan=plan,
         cost=method.cost(plan, host.rank, shape),
-        counters=host.counters,
+        counters=host.counters.since(before),
         prefill_bytes=prefill_bytes,
         logits=logits,
         pairs=trace.pairs,

@@ -201,10 +201,15 @@ class Session:
         shape = model_shape(config)
         q, k = (torch.empty(batch, h, 0, shape.head_dim, dtype=dtype, device=self.host.device)
                 for h in (shape.heads, shape.kv_heads))  # fmt: skip
+        scales = {
+            module.layer_idx: getattr(module, "scaling", None)
+            for module in self.model.modules()
+            if isinstance(getattr(module, "layer_idx", None), int) and hasattr(module, "o_proj")
+        }
         for layer in range(shape.layers):
             for name, x in zip("qkv", (q, k, k), strict=True):
                 self._projections[layer, name] = x
-            self._attend(layer, q, k, k, None)
+            self._attend(layer, q, k, k, scales.get(layer))  # with Ulysses it attends for other hosts' rows
         return torch.empty(batch, 0, shape.hidden, dtype=dtype, device=self.host.device)
 
     def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:

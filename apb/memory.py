@@ -12,8 +12,8 @@ __all__ = ["PeakMemory"]
 class PeakMemory:
     """The most bytes in use at once since this object was made, beyond those in use then.
 
-    On CUDA, PyTorch's own count of the device. On a CPU, the process's resident memory, in which hosts that are
-    threads are not told apart; where the system cannot reset the high-water mark (not Linux), it may be too low.
+    On CUDA, PyTorch's own count of the device. On a CPU, the process's resident memory; where the system cannot reset
+    the high-water mark (not Linux), it may be too low. Thread hosts on one device, or in one process, share a count.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -113,6 +113,8 @@ def run_job(job: Job, *, on_phase: OnPhase | None = None, here: bool = False) ->
     if job.heads is not None and job.settings.get("compressor") != "retaining-head":
         got = job.settings.get("compressor")
         raise ValueError(f"heads: {job.heads} is for the compressor 'retaining-head', got {got!r}")
+    known = {name: value for name, value in job.settings.items() if value != "retaining-head"}
+    make_method(job.method, backend=job.backend, **known)  # a method that cannot be is refused before a model is loaded
     started = time.perf_counter()
     host = None if here else host_from_env(timeout_s=job.timeout_s)
     if host is not None:
@@ -129,7 +131,7 @@ def run_job(job: Job, *, on_phase: OnPhase | None = None, here: bool = False) ->
             return None
     else:
         kind, parts = _start_hosts(job, on_phase)
-    answer, tokens, method, generation, _ = parts[0]
+    answer, tokens, method, layers, generation, _ = parts[0]
     return Report(
         answer=answer,
         tokens=tokens,
@@ -137,7 +139,7 @@ def run_job(job: Job, *, on_phase: OnPhase | None = None, here: bool = False) ->
         title=METHODS[job.method.partition(":")[0]].title,
         method=method,
         host_kind=kind,
-        layers=len(generation.pairs),
+        layers=layers,
         wall_s=time.perf_counter() - started,
         hosts=[part[-1] for part in parts],
         generation=generation,
@@ -175,7 +177,7 @@ def _load(job: Job, device: torch.device) -> Any:
 
 def _answer(
     host: Host, job: Job, on_phase: OnPhase | None = None, model: Any = None
-) -> tuple[str, list[int], str, Generation, HostReport]:
+) -> tuple[str, list[int], str, int, Generation, HostReport]:
     """Do one host's share; the same on every host."""
     tell = on_phase if host.rank == 0 and on_phase else lambda name, done, total: None
     tell("load", 0, 0)
@@ -184,6 +186,7 @@ def _answer(
         model = _load(job, host.device) if model is None else share_weights(model)
         prompt = build_prompt(tokenizer, job.document, job.query, answer_prefix=job.answer_prefix)
         method = _method(job, model)
+    layers = model.config.num_hidden_layers
     stop = model.generation_config.eos_token_id
     result: Generation = generate(
         model,
@@ -194,11 +197,11 @@ def _answer(
         stop_tokens=[] if stop is None else [stop] if isinstance(stop, int) else stop,
         on_phase=tell,
         keep_indices=job.keep_indices,
+        keep_layer=layers // 2,
     )
     tokens = result.tokens[0].tolist()
     cuda = host.device.type == "cuda"
     heads, n = model.config.num_attention_heads, result.plan.tokens
-    layers = model.config.num_hidden_layers
     pairs = sum(result.pairs.values()) / layers
     report = HostReport(
         rank=host.rank,
@@ -211,10 +214,10 @@ def _answer(
         messages=dict(result.counters.messages),
         phase_ms=result.phase_ms,
         peak_bytes=result.peak_bytes,
-        kept=[(block, where[0, 0].tolist()) for (layer, block), where in result.kept.items() if layer == layers // 2],
+        kept=[(block, where[0, 0].tolist()) for (_, block), where in result.kept.items()],
     )
     text = job.answer_prefix + tokenizer.decode(tokens, skip_special_tokens=True)
-    return text.strip(), tokens, repr(method), result.to("cpu"), report
+    return text.strip(), tokens, repr(method), layers, result.to("cpu"), report
 
 
 def _method(job: Job, model: Any) -> Method:

@@ -61,6 +61,22 @@ def test_the_table_has_a_line_a_method_and_says_which_cannot_run(capsys, model_d
     assert "picture: expected a file in an existing folder" in capsys.readouterr().err
 
 
+def test_what_was_measured_is_not_lost_if_exact_attention_runs_out_of_memory(capsys, model_dir, monkeypatch):
+    from apb import compare as module
+
+    run_job = module.run_job
+
+    def scarce(job, **options):
+        if job.method == "flash":
+            raise torch.OutOfMemoryError("CUDA out of memory: tried to allocate 64 GiB\nand more")
+        return run_job(job, **options)
+
+    monkeypatch.setattr(module, "run_job", scarce)
+    assert main(compare(model_dir, "--hosts", "2", "--methods", "ring", "flash")) == 1
+    printed = capsys.readouterr().out
+    assert "flash: CUDA out of memory: tried to allocate 64 GiB\n" in printed and "\nring " in printed
+
+
 @given(tokens=st.integers(1, 40), hosts=st.integers(1, 5), start=st.integers(0, 9))
 def test_masks_for_pictures_are_the_references(tokens, hosts, start):
     rows = torch.arange(tokens)

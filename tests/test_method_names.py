@@ -67,7 +67,7 @@ def test_what_a_name_promises_is_what_its_method_does(name):
         ("star:passing=3", {}, "passing: star does not know it; it takes anchor"),
         ("ape:anchor=3", {}, "anchor: ape does not know it; it takes prefix, temperature, scale"),
         ("star:anchor=many", {}, "anchor: invalid literal for int"),
-        ("star:anchor", {}, "anchor: invalid literal for int"),
+        ("star:anchor", {}, "anchor: expected anchor=VALUE, got 'anchor'"),
         ("ape:temperature=warm", {}, "temperature: could not convert string to float"),
         ("ape:temperature=0", {}, "temperature: expected a number > 0, got 0.0"),
         ("ape:prefix=-2", {}, "prefix: expected an integer ≥ 0, got -2"),

@@ -48,6 +48,26 @@ def answer(host, model, method, prompt, count=NEW):
 
 
 @pytest.mark.parametrize("name", EXACT)
+def test_a_host_without_rows_attends_at_the_models_own_scale(name):
+    """With Ulysses a host that has no rows still attends for its heads (Granite's scale, say, is not 1/√dim)."""
+    model, prompt = tiny_model(dtype=torch.float64), prompt_of(9, prefix=0)
+    for layer in model.model.layers:
+        layer.self_attn.scaling = 0.6
+    (expected,) = run_threads(1, answer, model, Flash(), prompt)
+    for result in run_threads(4, answer, model, EXACT[name], prompt):  # blocks of 3, 3, 3 and 0 tokens
+        torch.testing.assert_close(result.logits, expected.logits, **CLOSE)
+
+
+def test_a_generation_counts_its_own_bytes(models):
+    def twice(host, prompt):
+        return [answer(host, models["llama", 4, 2], Ring(), prompt, count=2) for _ in range(2)]
+
+    for first, second in run_threads(3, twice, prompt_of(50)):
+        assert first.prefill_bytes == second.prefill_bytes == 2 * 2 * first.cost.sent_bytes > 0  # layers, batch
+        assert first.counters == second.counters
+
+
+@pytest.mark.parametrize("name", EXACT)
 @pytest.mark.parametrize(
     ("heads", "hosts", "tokens"), [((4, 2), 1, 20), ((4, 2), 2, 50), ((9, 3), 3, 41), ((4, 2), 4, 50), ((6, 1), 4, 3)]
 )

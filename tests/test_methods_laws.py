@@ -199,10 +199,14 @@ def test_simulated_hosts_give_the_same_bits_and_counts_as_threads(name, data, se
     assert threads[2] == simulated[2]
 
 
-@pytest.mark.parametrize("hosts", [2, 4])
+@pytest.mark.parametrize(("hosts", "tokens"), [(2, 51), (4, 51), (4, 9)])  # at last with a host that has no rows
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "flash"])
-def test_gloo_processes_give_the_same_as_threads(name, hosts):
+def test_gloo_processes_give_the_same_as_threads(name, hosts, tokens):
     method = METHODS[name]
-    plan = method.plan(tokens=51, hosts=hosts, query=2)
+    try:
+        plan = method.plan(tokens=tokens, hosts=hosts, query=2)
+    except ValueError:
+        assert tokens == 9  # too short for this method's anchor
+        return
     for got, wanted in zip(everything(run_processes, method, plan), everything(run_threads, method, plan), strict=True):
         torch.testing.assert_close(got, wanted, atol=1e-12, rtol=0)

@@ -13,6 +13,7 @@ from apb.cli.generate import read_text
 from apb.cli.progress import show_phase
 from apb.cli.table import table
 from apb.compare import Outcome, compare
+from apb.context import PREFILL_PHASES
 from apb.masks import masks_picture, masks_text, shrink
 from apb.methods import METHODS
 from apb.models import DEMO_MODEL
@@ -20,8 +21,6 @@ from apb.run import HostKind, Job
 from apb.viz import check_picture
 
 __all__ = ["add_arguments", "describe", "run"]
-
-_PHASES = ("compress", "index", "pass", "attend", "merge")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,7 +85,7 @@ def describe(outcomes: list[Outcome]) -> str:
         plan, host = ran[0].report.plan, ran[0].report.hosts[0]
         hosts = max(len(outcome.report.hosts) for outcome in ran if outcome.report)
         lines = [f"{plan.tokens} document tokens, question of {plan.query}, up to {hosts} hosts ({host.device})", ""]
-        phases = [name for name in _PHASES if any(_worst(outcome, name) for outcome in ran)]
+        phases = [name for name in PREFILL_PHASES if any(_worst(outcome, name) for outcome in ran)]
         head = ("method", "hosts", *phases, "prefill", "question", "first token", "a token", "pairs/layer", "of exact",
                 "sent MB", "cache MB", "peak MB", "logits off by", "answer")  # fmt: skip
         lines.append(table(head, [_row(outcome, phases) for outcome in ran], left=("method", "answer")))

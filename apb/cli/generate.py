@@ -11,6 +11,7 @@ from apb.attend import Backend
 from apb.cli.progress import show_phase
 from apb.cli.table import table
 from apb.compress import TRAINING_FREE
+from apb.context import PREFILL_PHASES
 from apb.methods import METHODS
 from apb.plan import Layout, QueryIn
 from apb.run import HostKind, Job, Report, run_job
@@ -127,8 +128,7 @@ def describe(report: Report) -> str:
     lines += ["", table(head, rows), ""]
     phases = list(report.hosts[0].phase_ms)
     times = [(host.rank, *(f"{host.phase_ms.get(name, 0.0):,.0f}" for name in phases)) for host in report.hosts]
-    inside = ("compress", "index", "pass", "attend", "merge")
-    head = ("ms on host", *(f"{name}*" if name in inside else name for name in phases))
+    head = ("ms on host", *(f"{name}*" if name in PREFILL_PHASES else name for name in phases))
     lines += [table(head, times), "* inside prefill"]
     return "\n".join(lines)
 

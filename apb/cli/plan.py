@@ -46,6 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
         plan = plan_context(**asked, **given, anchor_on_first=arguments.anchor_on_first)
         costs = [host_cost(plan, rank, LLAMA_3_1_8B) for rank in range(plan.hosts)]
     else:
+        if arguments.anchor_on_first:
+            raise ValueError("anchor-on-first: the method decides it; leave it out, or leave out --method")
         method = make_method(arguments.method, **given)
         plan = method.plan(**asked)
         costs = [method.cost(plan, rank, LLAMA_3_1_8B) for rank in range(plan.hosts)]
@@ -74,6 +76,8 @@ def run(arguments: argparse.Namespace) -> int:
             for rank, cost in enumerate(costs)
         ]
         print(table(("host", "rows", "pairs", "attention TFLOP", "linear TFLOP", "sent MB", "cache MB"), rows))
+        if method and method.one_host and not method.exact:
+            print("Pairs: at most; what is computed depends on the text, and apb compare measures it.")
         if arguments.picture:
             print(f"Picture: {arguments.picture}")
     return 0

@@ -1,6 +1,7 @@
 """APB: anchor + passing blocks (arXiv 2502.12085). Plan, compress, pass, attend."""
 
 from dataclasses import dataclass, field
+from typing import get_args
 
 import torch
 from jaxtyping import Float
@@ -9,7 +10,7 @@ from torch import Tensor
 from apb.compress.compressor import Candidates, Compressor, Document, Need, Projections
 from apb.compress.query_aware import QueryAware
 from apb.context import Context
-from apb.methods.method import Method
+from apb.methods.method import Method, check_choice, check_count
 from apb.parallel.decode import start_attend_over_hosts
 from apb.parallel.host import Handle
 from apb.parallel.passing import PassingBlocks, gather_document
@@ -40,9 +41,11 @@ class APB(Method):
     layout: Layout = "contiguous"
 
     def __post_init__(self) -> None:
-        for name, value in (("anchor", self.anchor), ("passing", self.passing)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-                raise ValueError(f"{name}: expected an integer ≥ 0, got {value!r}")
+        super().__post_init__()
+        check_count("anchor", self.anchor)
+        check_count("passing", self.passing)
+        check_choice("layout", self.layout, get_args(Layout))
+        check_choice("query_in", self.query_in, get_args(QueryIn))
         if not isinstance(self.compressor, Compressor):
             raise ValueError(f"compressor: expected a Compressor such as QueryAware(), got {self.compressor!r}")
 
@@ -108,7 +111,7 @@ class APB(Method):
             for slot, block in enumerate(share.blocks):
                 kept = self.compressor.compress(candidates[slot], block.kept_tokens)
                 passing.start(slot, kept.k, kept.v)
-                if trace.keep_indices:
+                if trace.keeps(context.layer):
                     trace.kept[context.layer, block.index] = kept.indices + block.start + block.skipped
         running = self._start_query(q, k, v, context) if share.query_rows else None
 
@@ -198,5 +201,5 @@ class APB(Method):
             context.host,
             owner=plan.owner,
             scale=context.scale,
-            backend=self.backend,
+            backend=self.dense_backend,
         )

@@ -17,7 +17,7 @@ from torch import Tensor
 from apb.attend import decode_attention
 from apb.context import Context
 from apb.merge import merge, merge_pair
-from apb.methods.method import Method
+from apb.methods.method import Method, check_count
 from apb.plan import ContextPlan, plan_context
 
 __all__ = ["APE"]
@@ -41,9 +41,8 @@ class APE(Method):
     scale: float = 0.9
 
     def __post_init__(self) -> None:
-        p = self.prefix
-        if p is not None and (isinstance(p, bool) or not isinstance(p, int) or p < 0):
-            raise ValueError(f"prefix: expected an integer ≥ 0, got {p!r}")
+        super().__post_init__()
+        check_count("prefix", self.prefix)
         for name, value in (("temperature", self.temperature), ("scale", self.scale)):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
                 raise ValueError(f"{name}: expected a number > 0, got {value!r}; 1 changes nothing")
@@ -73,7 +72,7 @@ class APE(Method):
         The power S · T belongs to the sum over all chunks, so it comes after the hosts' merge.
         """
         host, chunk = context.host, context.plan.host(context.host.rank).block_rows
-        backend = "auto" if self.backend == "flex" else self.backend
+        backend = self.dense_backend
         plain = q.shape[-1] ** -0.5 if context.scale is None else context.scale
         parts = list(
             decode_attention(

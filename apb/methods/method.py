@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,7 +17,19 @@ from apb.costs import HostCost, ModelShape, host_cost
 from apb.parallel.decode import start_attend_over_hosts
 from apb.plan import ContextPlan
 
-__all__ = ["Method"]
+__all__ = ["Method", "check_choice", "check_count"]
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
+
+
+def check_count(name: str, value: int | None) -> None:
+    """Raise unless `value` is None or an integer ≥ 0."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+        raise ValueError(f"{name}: expected an integer ≥ 0, got {value!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +49,18 @@ class Method(ABC):
     one_host: ClassVar[bool] = False
     backend: Backend = "auto"
 
+    def __post_init__(self) -> None:
+        check_choice("backend", self.backend, get_args(Backend))
+
     @property
     def needs(self) -> frozenset[Need]:
         """What `attend` reads from the context beside q, k and v."""
         return frozenset()
+
+    @property
+    def dense_backend(self) -> Backend:
+        """Who computes what "flex" has no answer for: rectangles, decoding, and lists of tiles."""
+        return "auto" if self.backend == "flex" else self.backend
 
     @abstractmethod
     def plan(self, *, tokens: int, hosts: int, query: int = 0, query_offset: int = 0) -> ContextPlan:
@@ -88,8 +108,9 @@ class Method(ABC):
         Raises:
             HostFailed: another host failed.
         """
-        owner = context.plan.owner
-        started = start_attend_over_hosts(q, k, v, context.host, owner=owner, scale=context.scale, backend=self.backend)
+        started = start_attend_over_hosts(
+            q, k, v, context.host, owner=context.plan.owner, scale=context.scale, backend=self.dense_backend
+        )
         return started.wait()
 
     def cost(self, plan: ContextPlan, rank: int, shape: ModelShape) -> HostCost:
@@ -139,8 +160,7 @@ class Method(ABC):
     def full(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """Let every row see every key, and note time and pairs."""
         with context.trace.phase("attend"):
-            backend = "auto" if self.backend == "flex" else self.backend
-            out, lse = decode_attention(q, k, v, causal=False, scale=context.scale, backend=backend)
+            out, lse = decode_attention(q, k, v, causal=False, scale=context.scale, backend=self.dense_backend)
         context.trace.count_pairs(context.layer, q.shape[1] * q.shape[2] * k.shape[2])
         return out, lse
 

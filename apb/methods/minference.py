@@ -7,10 +7,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from apb.attend import Pattern, SparseIndex, VerticalSlash, sparse_attention
+from apb.attend import AShape, Pattern, SparseIndex, VerticalSlash, sparse_attention
 from apb.attend.sparse_index import TILE, join_heads
 from apb.context import Context
-from apb.methods.method import Method
+from apb.costs import HostCost, ModelShape, host_cost
+from apb.methods.method import Method, check_count
 from apb.plan import ContextPlan, plan_context
 
 __all__ = ["MInference"]
@@ -20,8 +21,7 @@ __all__ = ["MInference"]
 class MInference(Method):
     """Sparse prefill on one host; decoding is dense.
 
-    `cost` is exact attention's, which it never exceeds: what a document really takes is known once its lists are made,
-    and `Trace.pairs` counts it.
+    What a document takes is known once its lists are made, and `Trace.pairs` counts it; `cost` says the most it can be.
 
     Attributes:
         pattern: one for all heads, or [layer][query head]; the default is what MInference ships for Llama-3.1-8B.
@@ -35,14 +35,14 @@ class MInference(Method):
     dense_below: int = 16384
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("dense_below", self.dense_below)
         layers = self.pattern if isinstance(self.pattern, tuple) else ((self.pattern,),)
         if not all(isinstance(heads, tuple) and all(isinstance(p, Pattern) for p in heads) for heads in layers):
             raise ValueError(
                 f"pattern: expected a Pattern such as VerticalSlash(), or one for each layer and query head as a tuple "
                 f"of tuples, got {self.pattern!r}"
             )
-        if isinstance(self.dense_below, bool) or not isinstance(self.dense_below, int) or self.dense_below < 0:
-            raise ValueError(f"dense_below: expected an integer ≥ 0, got {self.dense_below!r}")
 
     def plan(self, *, tokens: int, hosts: int, query: int = 0, query_offset: int = 0) -> ContextPlan:
         """Give all tokens to the one host.
@@ -66,11 +66,10 @@ class MInference(Method):
         with context.trace.phase("index"):
             index = self._index(q, k, context)
         with context.trace.phase("attend"):
-            backend = "auto" if self.backend == "flex" else self.backend
-            out, _ = sparse_attention(q, k, v, index, scale=context.scale, backend=backend)
+            out, _ = sparse_attention(q, k, v, index, scale=context.scale, backend=self.dense_backend)
         if context.trace.counted:
             context.trace.count_pairs(context.layer, index.pairs().sum() // q.shape[0])
-        if context.trace.keep_indices:
+        if context.trace.keeps(context.layer):
             context.trace.indices[context.layer] = index
         return out
 
@@ -81,13 +80,23 @@ class MInference(Method):
         first = index.head(0, 0)
         return torch.cat([first.mask(row // TILE * TILE, row + 1)[0, 0, -1:] for row in rows.tolist()])
 
+    def cost(self, plan: ContextPlan, rank: int, shape: ModelShape) -> HostCost:
+        """Count what the lists of an A-shape hold; other lists depend on the text, and take at most all pairs."""
+        if plan.tokens < self.dense_below or not isinstance(self.pattern, AShape):
+            return super().cost(plan, rank, shape)
+        one = torch.empty(1, 1, plan.tokens, 0)
+        pairs = shape.heads * int(self.pattern.index(one, one).pairs())
+        return host_cost(plan, rank, shape, pairs=pairs)
+
     def _index(self, q: Tensor, k: Tensor, context: Context) -> SparseIndex:
         """Ask every head's pattern; heads with the same pattern are asked together."""
         if isinstance(self.pattern, Pattern):
             return self.pattern.index(q, k, context.scale)
         shared = q.shape[1] // k.shape[1]
-        parts = []
-        for pattern, heads in self._groups(q.shape[1], context.layer).items():
+        groups, parts = self._groups(q.shape[1], context.layer), []
+        if len(groups) == 1:
+            return next(iter(groups)).index(q, k, context.scale)
+        for pattern, heads in groups.items():
             read = [head // shared for head in heads]  # any heads may share a pattern: their keys are copied to ask
             parts.append((heads, pattern.index(q[:, heads], k[:, read], context.scale)))
         return join_heads(parts)

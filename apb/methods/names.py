@@ -34,6 +34,8 @@ class Named:
 
 
 def _compressor(name: str) -> Compressor:
+    if name == "retaining-head":
+        raise ValueError("retaining-head needs its checkpoint: apb generate --compressor retaining-head --heads FILE")
     if name not in TRAINING_FREE:
         raise ValueError(f"expected one of {', '.join(TRAINING_FREE)}, got {name!r}")
     return TRAINING_FREE[name]()
@@ -43,13 +45,11 @@ def _minference(pattern: str = "vertical-slash", **settings: Any) -> MInference:
     if pattern not in _PATTERNS:
         raise ValueError(f"pattern: expected one of {', '.join(_PATTERNS)}, got {pattern!r}")
     make, budgets = _PATTERNS[pattern]
-    known = {"backend", "dense_below"}
-    chosen = budgets | {name: settings.pop(name) for name in settings.keys() - known}
-    if chosen.keys() - budgets.keys():
-        raise ValueError(
-            f"pattern: {pattern} takes {', '.join(budgets)}, got {', '.join(chosen.keys() - budgets.keys())}"
-        )
-    return MInference(pattern=make(**chosen), **settings)
+    own = {name: settings.pop(name) for name in list(settings) if name not in ("backend", "dense_below")}
+    strangers = [name for name in own if name not in budgets]
+    if strangers:
+        raise ValueError(f"pattern: {pattern} takes {', '.join(budgets)}, got {', '.join(strangers)}")
+    return MInference(pattern=make(**(budgets | own)), **settings)
 
 
 _PATTERNS: dict[str, tuple[Callable[..., Pattern], dict[str, int]]] = {
@@ -61,7 +61,7 @@ _PATTERNS: dict[str, tuple[Callable[..., Pattern], dict[str, int]]] = {
 METHODS: dict[str, Named] = {
     "flash": Named(title="Exact attention", make=Flash),
     "ring": Named(title="Ring Attention", make=Ring),
-    "ring-zigzag": Named(title="Ring Attention, zigzag,", make=lambda **settings: Ring(layout="zigzag", **settings)),
+    "ring-zigzag": Named(title="Zigzag Ring Attention", make=lambda **settings: Ring(layout="zigzag", **settings)),
     "ulysses": Named(title="Ulysses", make=Ulysses),
     "star": Named(title="Star Attention", make=Star, settings={"anchor": int}),
     "ape": Named(title="APE", make=APE, settings={"prefix": int, "temperature": float, "scale": float}),
@@ -99,9 +99,11 @@ def make_method(text: str, **settings: Any) -> Method:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {name!r}")
     known, given = METHODS[name], dict(settings)
     for part in filter(None, rest.split(",")):
-        key, _, value = part.partition("=")
-        given[key.strip()] = value.strip()
-    for key in given.keys() - {"backend"}:
+        key, _, value = (side.strip() for side in part.partition("="))
+        if key in known.settings and not value:
+            raise ValueError(f"{key}: expected {key}=VALUE, got {part!r}")
+        given[key] = value
+    for key in [key for key in given if key != "backend"]:
         if key not in known.settings:
             takes = ", ".join(known.settings) or "no settings"
             raise ValueError(f"{key}: {name} does not know it; it takes {takes}")

@@ -6,7 +6,7 @@ Exact. Contiguous, the last host works about twice as much as the mean; zigzag, 
 
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from apb.context import Context
 from apb.costs import HostCost, ModelShape, host_cost
 from apb.merge import merge_pair
-from apb.methods.method import Method
+from apb.methods.method import Method, check_choice
 from apb.plan import ContextPlan, Layout, plan_context
 
 __all__ = ["Ring"]
@@ -30,6 +30,10 @@ class Ring(Method):
 
     exact: ClassVar[bool] = True
     layout: Layout = "contiguous"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("layout", self.layout, get_args(Layout))
 
     def plan(self, *, tokens: int, hosts: int, query: int = 0, query_offset: int = 0) -> ContextPlan:
         """Cut one block a host, or two in zigzag; arguments and errors as `Method.plan`."""

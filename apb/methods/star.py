@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from apb.context import Context
-from apb.methods.method import Method
+from apb.methods.method import Method, check_count
 from apb.plan import ContextPlan, plan_context
 
 __all__ = ["Star"]
@@ -23,6 +23,10 @@ class Star(Method):
     """
 
     anchor: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("anchor", self.anchor)
 
     def plan(self, *, tokens: int, hosts: int, query: int = 0, query_offset: int = 0) -> ContextPlan:
         """Cut one block a host, each but the first behind the anchor; arguments and errors as `Method.plan`."""

@@ -33,10 +33,9 @@ def start_attend_over_hosts(
         host: this member of the group.
         owner: rank that holds the rows' own keys.
         scale: softmax scale; None is 1/√dim.
-        backend: who computes; "flex" has no decoding, and leaves it to "auto".
+        backend: who computes, as in `decode_attention`.
     """
-    by = "auto" if backend == "flex" else backend
-    out, lse = decode_attention(q, k, v, causal=host.rank == owner, scale=scale, backend=by)
+    out, lse = decode_attention(q, k, v, causal=host.rank == owner, scale=scale, backend=backend)
     if host.world_size == 1:
         return Handle(lambda: out)
     gather = host.all_gather(torch.cat((out.float(), lse[..., None]), dim=-1), what="merge")

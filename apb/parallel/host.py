@@ -44,6 +44,18 @@ class Counters:
         self.sent_bytes[what] = self.sent_bytes.get(what, 0) + sent_bytes
         self.messages[what] = self.messages.get(what, 0) + 1
 
+    def copy(self) -> "Counters":
+        """Return the counts of this moment."""
+        return Counters(dict(self.sent_bytes), dict(self.messages))
+
+    def since(self, before: "Counters") -> "Counters":
+        """Return what has been counted since `before` was copied."""
+        new = [what for what in self.messages if self.messages[what] > before.messages.get(what, 0)]
+        return Counters(
+            {what: self.sent_bytes[what] - before.sent_bytes.get(what, 0) for what in new},
+            {what: self.messages[what] - before.messages.get(what, 0) for what in new},
+        )
+
 
 class Handle(Generic[T]):
     """A collective under way. `wait()` returns its result, and may be called again."""

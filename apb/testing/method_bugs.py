@@ -116,4 +116,11 @@ METHOD_BUGS = (
         new="jump = following[..., (place + TILE + 1).clamp(max=last)]",
         tests="tests/test_sparse_index.py -k greedily",
     ),
+    Bug(
+        name="a host without rows attends at another scale than its model",
+        file="hf.py",
+        old="scales.get(layer)",
+        new="None",
+        tests="tests/test_methods_hf.py -k own_scale",
+    ),
 )
