@@ -10,7 +10,7 @@ from torch import Tensor
 
 from apb.masks import mask_grid
 from apb.methods import Method, make_method
-from apb.run import Job, OnPhase, Report, run_job
+from apb.run import Job, OnPhase, Report, check_job, run_job
 
 __all__ = ["Outcome", "compare"]
 
@@ -56,6 +56,7 @@ def compare(
     """
     names = list(dict.fromkeys(names))
     methods = {name: make_method(name) for name in dict.fromkeys([*names, "flash"])}
+    check_job(replace(job, method="ring"))  # what is wrong for all methods is said once
     rank = os.environ.get("RANK")  # under torchrun, whose ranks are the hosts
     first = rank in (None, "0")
     if rank is None and job.host_kind == "auto" and not torch.cuda.is_available():

@@ -39,7 +39,10 @@ LLAMA_3_1_8B = ModelShape(hidden=4096, heads=32, kv_heads=8, head_dim=128, ffn=1
 
 @dataclass(frozen=True, kw_only=True)
 class HostCost:
-    """One host's cost in one layer, for one batch entry. Pairs are summed over the query heads; FLOPs count a multiply–add as 2."""
+    """One host's cost in one layer, for one batch entry.
+
+    Pairs are summed over the query heads; FLOPs count a multiply–add as 2.
+    """
 
     rows: int
     pairs: int

@@ -87,7 +87,7 @@ def masks_picture(grids: Mapping[str, Tensor], path: str | Path) -> Path:
     for axis, (name, grid) in zip(axes.flat, grids.items(), strict=False):
         axis.set_axis_on()
         axis.imshow(grid.numpy(), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-        axis.set_title(name, fontsize=9)
+        axis.set_title(name.replace(":", ":\n").replace(",", ",\n"), fontsize=8)
         axis.set(xticks=[], yticks=[])
     figure.supxlabel("document tokens seen", fontsize=9)
     figure.supylabel("document tokens that attend", fontsize=9)

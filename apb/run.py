@@ -19,7 +19,7 @@ from apb.parallel import Host, host_from_env, run_processes, run_simulated, run_
 from apb.plan import ContextPlan
 from apb.prompt import build_prompt
 
-__all__ = ["HostKind", "HostReport", "Job", "Report", "run_job"]
+__all__ = ["HostKind", "HostReport", "Job", "Report", "check_job", "run_job"]
 
 HostKind = Literal["auto", "processes", "threads", "simulated"]
 OnPhase = Callable[[str, int, int], None]
@@ -106,15 +106,7 @@ def run_job(job: Job, *, on_phase: OnPhase | None = None, here: bool = False) ->
         ValueError: something in the job that cannot be.
         HostFailed: a host died or did not answer in time.
     """
-    if not 0 < job.timeout_s <= 1e6:
-        raise ValueError(f"timeout: expected seconds, more than 0 and at most 1e6, got {job.timeout_s}")
-    if job.max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens: expected at least 1, got {job.max_new_tokens}")
-    if job.heads is not None and job.settings.get("compressor") != "retaining-head":
-        got = job.settings.get("compressor")
-        raise ValueError(f"heads: {job.heads} is for the compressor 'retaining-head', got {got!r}")
-    known = {name: value for name, value in job.settings.items() if value != "retaining-head"}
-    make_method(job.method, backend=job.backend, **known)  # a method that cannot be is refused before a model is loaded
+    check_job(job)
     started = time.perf_counter()
     host = None if here else host_from_env(timeout_s=job.timeout_s)
     if host is not None:
@@ -144,6 +136,33 @@ def run_job(job: Job, *, on_phase: OnPhase | None = None, here: bool = False) ->
         hosts=[part[-1] for part in parts],
         generation=generation,
     )
+
+
+def check_job(job: Job) -> None:
+    """Refuse what cannot be before a host is started or a model is loaded.
+
+    Raises:
+        ValueError: naming what came, what was expected and the way out.
+    """
+    if not 0 < job.timeout_s <= 1e6:
+        raise ValueError(f"timeout: expected seconds, more than 0 and at most 1e6, got {job.timeout_s}")
+    if job.max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens: expected at least 1, got {job.max_new_tokens}")
+    if job.heads is not None and job.settings.get("compressor") != "retaining-head":
+        got = job.settings.get("compressor")
+        raise ValueError(f"heads: {job.heads} is for the compressor 'retaining-head', got {got!r}")
+    for name, text in (("document", job.document), ("query", job.query)):
+        if not text.strip():
+            raise ValueError(f"{name}: expected some text, got {text!r}")
+    if job.hosts is not None and job.hosts < 1:
+        raise ValueError(f"hosts: expected at least 1, got {job.hosts}")
+    known = {name: value for name, value in job.settings.items() if value != "retaining-head"}
+    method = make_method(job.method, backend=job.backend, **known)
+    if method.one_host and job.hosts not in (None, 1):
+        raise ValueError(
+            f"hosts: {job.method} runs on one host, got {job.hosts}; leave hosts out, or take a method that splits the "
+            f"document (ring, apb, …)"
+        )
 
 
 def _start_hosts(job: Job, on_phase: OnPhase | None) -> tuple[str, list[Any]]:

@@ -1,5 +1,6 @@
 """Draw a plan: a strip of text for the terminal, and a picture of hosts, blocks and masks."""
 
+import os
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,8 +40,10 @@ def check_picture(path: str | Path) -> Path:
         ValueError: an ending other than .svg, .png or .pdf, or no such folder.
     """
     path = Path(path)
-    if path.suffix not in (".svg", ".png", ".pdf") or not path.parent.is_dir():
+    if path.suffix not in (".svg", ".png", ".pdf") or not path.parent.is_dir() or path.is_dir():
         raise ValueError(f"picture: expected a file in an existing folder ending in .svg, .png or .pdf, got {path}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"picture: {path} cannot be written; expected a file or folder that this user may write to")
     if find_spec("matplotlib") is None:
         raise ImportError("matplotlib is needed for pictures; pip install 'apb[viz]'")
     return path

@@ -103,7 +103,7 @@ def test_doctor_says_what_runs(capsys):
         (("--hosts", "3", "--anchor", "1000"), "anchor: 1000 tokens reach into the second block"),
         (("--hosts", "3", "--passing", "-1"), "passing: expected an integer ≥ 0, got -1"),
         (("--method", "spiral"), "method: expected one of flash, ring"),
-        (("--method", "flash", "--hosts", "2"), "hosts: flash attention runs on one host, got 2"),
+        (("--method", "flash", "--hosts", "2"), "hosts: flash runs on one host, got 2"),
         (("--method", "star", "--passing", "2"), "passing: star does not know it"),
         (("--hosts", "2", "--compressor", "retaining-head"), "give its file with --heads"),
         (("--max-new-tokens", "0"), "max_new_tokens: expected at least 1"),

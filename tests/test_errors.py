@@ -55,14 +55,17 @@ def attend(method, plan, change=lambda q, k, v: (q, k, v)):
     [
         (lambda q, k, v: (q[:, :, 1:], k, v), r"q, k, v: \d+, \d+ and \d+ rows, expected \d+, the plan's rows of rank"),
         (lambda q, k, v: (q, k, v[:, :, 1:]), r"q, k, v: \d+, \d+ and \d+ rows, expected \d+, the plan's rows of rank"),
-        (lambda q, k, v: (q[:, :3], k, v), r"q: expected \[batch 1, a multiple of 2 heads .*got \(1, 3, "),
+        (lambda q, k, v: (q[:, :3], k, v), "q's 3 heads must be a multiple of the 2 heads of k and v"),
         (lambda q, k, v: (q.half(), k, v), r"q, k and v must share dtype.*q is torch.float16.*k is torch.float64"),
         (
             lambda q, k, v: (q.to("meta"), k, v),
             "q, k and v must share dtype and device; q is .* on meta, k is .* on cpu",
         ),
         (lambda q, k, v: (q.long(), k.long(), v.long()), "takes torch.float16, torch.bfloat16.*got torch.int64"),
-        (lambda q, k, v: (q, k[..., :8], v[..., :8]), r"q: expected .*dim 8\], got \(1, 4, "),
+        (
+            lambda q, k, v: (q, k[..., :8], v[..., :8]),
+            r"k and v must be \[batch 1, kv_heads, columns, dim 16\] .*got k \[1, 2, \d+, 8\]",
+        ),
         (lambda q, k, v: (q[..., :8], k[..., :8], v[..., :8]), "the head dim must be 16..256, got 8"),
     ],
 )

@@ -1,11 +1,14 @@
 """Modules put together wrongly: refused with one clear error, before anything is computed or sent."""
 
+import re
+
 import pytest
 import torch
 
 from apb.compress import Candidates, KeyNorm, QueryAware, load_retaining_head
+from apb.context import Context
 from apb.hf import Session
-from apb.methods import APB
+from apb.methods import APB, APE, Flash, MInference, Ring, Star, Ulysses
 from apb.parallel import run_threads
 from apb.parallel.passing import PassingBlocks
 from apb.testing.tiny import tiny_model
@@ -100,3 +103,41 @@ def test_a_damaged_checkpoint_is_named(tmp_path, name):
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(ValueError, match="holds a list; expected a flat state dict"):
         load_retaining_head(tmp_path / "list.pt")
+
+
+@pytest.mark.parametrize(
+    ("method", "maker", "hosts", "says"),
+    [
+        (
+            Ulysses(),
+            Ring(layout="zigzag"),
+            3,
+            "plan: Ulysses takes layout='contiguous', got 'zigzag'; make the plan with",
+        ),
+        (Ring(), Star(), 3, "plan: Ring takes no anchor and no query in the prefill, got an anchor of 7"),
+        (Star(), APE(), 3, "plan: Star takes shared_prefix=False, got True"),
+        (APE(), Star(), 3, "plan: APE takes shared_prefix=True, got False"),
+        (Star(), APB(anchor=2, passing=0, compressor=KeyNorm()), 3, "plan: Star takes no query in the prefill"),
+        (Flash(), Ring(), 3, "hosts: flash attention runs on one host, got 3"),
+        (MInference(), Ring(), 3, "hosts: MInference runs on one host, got 3"),
+        (APB(), APE(), 3, "plan: APB takes no shared prefix"),
+    ],
+)
+def test_a_plan_of_another_method_is_refused(method, maker, hosts, says):
+    plan = maker.plan(tokens=20, hosts=hosts, query=2)
+    with pytest.raises(ValueError, match=re.escape(says)):
+        rows = [[torch.zeros(1, 2, plan.host(rank).rows, 16)] * 3 for rank in range(hosts)]
+        run_threads(hosts, lambda host: method.attend(*rows[host.rank], Context(plan, host)))
+
+
+@pytest.mark.parametrize("method", [Ring(), Ulysses(), Star(), APE(), APB(anchor=0, passing=1, compressor=KeyNorm())])
+@pytest.mark.parametrize("group", [1, 2, 4])
+def test_a_plan_for_another_group_is_refused_alike(method, group):
+    plan = method.plan(tokens=20, hosts=3)
+
+    def body(host):
+        rows = [torch.zeros(1, 2, plan.host(0).rows, 16)] * 3
+        with pytest.raises(ValueError, match=f"plan: made for 3 hosts, but the group has {group}; plan with hosts="):
+            method.attend(*rows, Context(plan, host))
+
+    run_threads(group, body)

@@ -22,12 +22,12 @@ HEADS = st.sampled_from([(1, 1), (4, 2), (3, 1)])
 
 
 def draw_lists(seed, tokens, slash, vertical, heads=2):
-    """Draw offsets with 0 among them and columns, for each of `heads` heads."""
+    """Draw offsets with 0 among them and columns, both ascending, for each of `heads` heads."""
     generator = torch.Generator().manual_seed(seed)
     slash, vertical = min(slash, tokens), min(vertical, tokens)
     offsets, columns = [], []
     for _ in range(heads):
-        offsets.append([0, *(1 + torch.randperm(tokens - 1, generator=generator)[: slash - 1]).tolist()])
+        offsets.append([0, *sorted((1 + torch.randperm(tokens - 1, generator=generator)[: slash - 1]).tolist())])
         columns.append(sorted(torch.randperm(tokens, generator=generator)[:vertical].tolist()))
     return offsets, columns
 
@@ -238,7 +238,8 @@ def test_errors_of_an_index_for_other_tensors():
 def attend(method, q, k, v, layer=0):
     """Run one layer of a method on one host; return its output and its trace."""
     trace = Trace(counted=True, keep_indices=True)
-    context = Context(method.plan(tokens=q.shape[2], hosts=1), SimpleNamespace(rank=0), layer=layer, trace=trace)
+    plan, host = method.plan(tokens=q.shape[2], hosts=1), SimpleNamespace(rank=0, world_size=1)
+    context = Context(plan, host, layer=layer, trace=trace)
     return method.attend(q, k, v, context), trace
 
 

@@ -113,9 +113,9 @@ def vertical_slash_scores(
     (batch, q_heads, tokens, dim), kv_heads = q.shape, k.shape[1]
     group, rows = q_heads // kv_heads, min(PROBE_ROWS, tokens)
     scale = dim**-0.5 if scale is None else scale
-    # Zeros stand left of P: skewed by one column a row, diagonals become columns and need no copy.
+    # Zeros stand left of P, −∞ left of the scores: skewed by a column a row, diagonals become columns without a copy.
     padded = torch.empty(batch * kv_heads, group * rows, rows + tokens, dtype=torch.float32, device=q.device)
-    padded[..., :rows] = 0
+    padded[..., :rows] = -torch.inf
     scores = padded[..., rows:]
     probe = q[:, :, tokens - rows :].reshape(batch * kv_heads, group * rows, dim)
     keys = k.reshape(batch * kv_heads, tokens, dim).transpose(1, 2)
@@ -125,12 +125,9 @@ def vertical_slash_scores(
         torch.bmm(probe.float() * scale, keys.float(), out=scores)
     later = torch.ones(rows, rows, dtype=torch.bool, device=q.device).triu(1)
     scores.unflatten(1, (group, rows))[..., tokens - rows :].masked_fill_(later, -torch.inf)
-    scores.sub_(scores.amax(dim=2, keepdim=True)).exp_()
-    shares = 1 / scores.sum(dim=2).view(batch * q_heads, 1, rows)
-    padded = padded.view(batch * q_heads, rows, rows + tokens)
+    padded = torch.softmax(padded, dim=2, out=padded).view(batch * q_heads, rows, rows + tokens)
     skewed = padded.as_strided((batch * q_heads, rows, tokens), (rows * (rows + tokens), rows + tokens + 1, 1), 1)
-    vertical = torch.bmm(shares, padded[..., rows:])
-    slash = torch.bmm(shares, skewed).flip(2)
+    vertical, slash = padded[..., rows:].sum(dim=1), skewed.sum(dim=1).flip(1)
     return vertical.view(batch, q_heads, tokens), slash.view(batch, q_heads, tokens)
 
 

@@ -132,17 +132,16 @@ def slash_index(
     again by jump. Doubling turns that walk into log₂(tiles) gathers: from 2ᵏ tiles and jump^(2ᵏ) to twice as many.
 
     Args:
-        offsets: row − column of the slashes, 0 .. tokens − 1, 0 among them.
+        offsets: row − column of the slashes, 0 .. tokens − 1, ascending, 0 among them.
         columns: vertical columns, ascending, without repeats; may be none.
         tokens: n ≥ 1.
     """
     device, last = offsets.device, tokens + TILE - 1
     place = torch.arange(tokens + TILE, device=device)  # distance w stands at place w + 63; at `last` the walk stays
-    edges = torch.zeros(*offsets.shape[:2], tokens + TILE, dtype=torch.int32, device=device)
-    edges.scatter_add_(2, offsets.long(), torch.ones_like(offsets, dtype=torch.int32))
-    edges.scatter_add_(2, offsets.long() + TILE, torch.full_like(offsets, -1, dtype=torch.int32))
-    needed = edges.cumsum(dim=2) > 0
-    following = torch.where(needed, place, last).flip(2).cummin(dim=2).values.flip(2)
+    # A slash at s needs the places s .. s + 63; the next one needed is of the first slash that reaches as far.
+    places = place.expand(*offsets.shape[:2], -1).contiguous()
+    reaching = torch.searchsorted(offsets.long() + (TILE - 1), places)
+    following = F.pad(offsets.long(), (0, 1), value=last).gather(2, reaching).maximum(place)
     jump = following[..., (place + TILE).clamp(max=last)]
     tiles, most = following[..., :1], min(offsets.shape[2], -(-last // TILE))
     while tiles.shape[2] < most:

@@ -17,10 +17,12 @@ from apb.context import PREFILL_PHASES
 from apb.masks import masks_picture, masks_text, shrink
 from apb.methods import METHODS
 from apb.models import DEMO_MODEL
-from apb.run import HostKind, Job
+from apb.run import HostKind, Job, Report
 from apb.viz import check_picture
 
 __all__ = ["add_arguments", "describe", "run"]
+
+_ANSWER = 40  # of a long answer the last characters: they follow the prefix that was given
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,8 +65,6 @@ def run(arguments: argparse.Namespace) -> int:
         return 0  # another rank prints
     show_phase("done", 0, 0)
     grids = {outcome.name: outcome.grid for outcome in outcomes if outcome.grid is not None}
-    if arguments.picture and grids:
-        masks_picture(grids, arguments.picture)
     if arguments.json:
         print(json.dumps([_as_json(outcome) for outcome in outcomes], indent=2))
     else:
@@ -72,58 +72,69 @@ def run(arguments: argparse.Namespace) -> int:
         if grids:
             small = {name: shrink(grid) for name, grid in grids.items()}
             print(f"\nWhat each document token (down) attends to (across), middle layer:\n\n{masks_text(small)}")
-        if arguments.picture and grids:
-            print(f"\nPicture: {arguments.picture}")
+    if arguments.picture and grids:
+        masks_picture(grids, arguments.picture)
+        _say(f"Picture: {arguments.picture}")
     return 0 if all(outcome.report for outcome in outcomes) else 1
 
 
 def describe(outcomes: list[Outcome]) -> str:
     """Lay out the outcomes, a line a method; every figure is the largest over the hosts."""
-    ran = [outcome for outcome in outcomes if outcome.report]
+    ran = [(outcome, outcome.report) for outcome in outcomes if outcome.report]
     lines = []
-    if ran and ran[0].report:
-        plan, host = ran[0].report.plan, ran[0].report.hosts[0]
-        hosts = max(len(outcome.report.hosts) for outcome in ran if outcome.report)
-        lines = [f"{plan.tokens} document tokens, question of {plan.query}, up to {hosts} hosts ({host.device})", ""]
-        phases = [name for name in PREFILL_PHASES if any(_worst(outcome, name) for outcome in ran)]
-        head = ("method", "hosts", *phases, "prefill", "question", "first token", "a token", "pairs/layer", "of exact",
-                "sent MB", "cache MB", "peak MB", "logits off by", "answer")  # fmt: skip
-        lines.append(table(head, [_row(outcome, phases) for outcome in ran], left=("method", "answer")))
-        lines += [
+    if ran:
+        first = ran[0][1]
+        hosts = max(len(report.hosts) for _, report in ran)
+        lines = [
+            f"{first.plan.tokens} document tokens, question of {first.plan.query}, on {hosts} host{'s' * (hosts > 1)} "
+            f"({first.hosts[0].device}) where the method has several",
             "",
-            "Milliseconds on the slowest host, not always the same; first token: prefill and question together;",
-            "pairs of query and key, all heads; MB on the fullest host, sent in the prefill, peak beyond the weights;",
-            "logits: largest difference, at the first token, from exact attention on one host.",
+            table(_HEAD, [_row(outcome, report) for outcome, report in ran], left=("method", "answer")),
+            "",
+            "ms on the slowest host, not always the same; first token: prefill and question together; pairs of query",
+            "and key in a layer, all heads; MB on the fullest host: sent in the prefill, KV cache, peak beyond the",
+            "weights; logits: largest difference, at the first token, from exact attention on one host.",
+            "",
         ]
+        phases = [name for name in PREFILL_PHASES if any(_worst(report, name) for _, report in ran)]
+        inside = [[_worst(report, name) for name in phases] for _, report in ran]
+        rows = [(outcome.name, *(f"{ms:,.0f}" if ms else "–" for ms in times))
+                for (outcome, _), times in zip(ran, inside, strict=True)]  # fmt: skip
+        lines.append(table(("ms inside the prefill", *phases), rows, left=("ms inside the prefill",)))
     lines += [f"{outcome.name}: {outcome.error}" for outcome in outcomes if not outcome.report]
+    lines += [
+        f"{outcome.name}: attended exactly, for the document is shorter than its dense_below"
+        for outcome, report in ran
+        if outcome.name.startswith("minference") and not report.generation.indices
+    ]
     return "\n".join(lines)
 
 
-def _row(outcome: Outcome, phases: list[str]) -> tuple[str, ...]:
-    report = outcome.report
-    assert report is not None
-    after_first = max(1, len(report.tokens) - 1)
-    times = [_worst(outcome, name) for name in (*phases, "prefill", "query")]
-    layers = report.layers
+_HEAD = ("method", "prefill", "question", "first token", "a token", "pairs", "of exact", "sent MB", "cache MB",
+         "peak MB", "logits off by", "answer")  # fmt: skip
+
+
+def _row(outcome: Outcome, report: Report) -> tuple[str, ...]:
+    hosts, after_first = report.hosts, max(1, len(report.tokens) - 1)
     answer = " ".join(report.answer.split())
     return (
         outcome.name,
-        str(len(report.hosts)),
-        *(f"{ms:,.0f}" for ms in times),
-        f"{max(host.phase_ms['prefill'] + host.phase_ms['query'] for host in report.hosts):,.0f}",
-        f"{_worst(outcome, 'decode') / after_first:,.0f}",
-        f"{max(host.pairs for host in report.hosts):,.0f}",
-        f"{max(host.of_exact for host in report.hosts):.1%}",
-        f"{max(host.prefill_bytes for host in report.hosts) / 1e6:.1f}",
-        f"{max(host.cost.cache_bytes for host in report.hosts) * layers / 1e6:.1f}",
-        f"{max(host.peak_bytes for host in report.hosts) / 1e6:,.0f}",
+        f"{_worst(report, 'prefill'):,.0f}",
+        f"{_worst(report, 'query'):,.0f}",
+        f"{max(host.phase_ms['prefill'] + host.phase_ms['query'] for host in hosts):,.0f}",
+        f"{_worst(report, 'decode') / after_first:,.0f}",
+        f"{max(host.pairs for host in hosts):,.0f}",
+        f"{max(host.of_exact for host in hosts):.1%}",
+        f"{max(host.prefill_bytes for host in hosts) / 1e6:.1f}",
+        f"{max(host.cost.cache_bytes for host in hosts) * report.layers / 1e6:.1f}",
+        f"{max(host.peak_bytes for host in hosts) / 1e6:,.0f}",
         f"{outcome.logit_difference:.2g}",
-        answer,
+        answer if len(answer) <= _ANSWER else f"…{answer[-_ANSWER:]}",
     )
 
 
-def _worst(outcome: Outcome, phase: str) -> float:
-    return max(host.phase_ms.get(phase, 0.0) for host in outcome.report.hosts) if outcome.report else 0.0
+def _worst(report: Report, phase: str) -> float:
+    return max(host.phase_ms.get(phase, 0.0) for host in report.hosts)
 
 
 def _as_json(outcome: Outcome) -> dict[str, Any]:

@@ -59,9 +59,9 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps({"plan": asdict(plan), "blocks": blocks, "costs": [asdict(cost) for cost in costs]}, indent=2))
     else:
         print(plan, end="\n\n")
-        print(
-            masks_text({name: shrink(grid) for name, grid in grids.items()}) if method else text_strip(plan), end="\n\n"
-        )
+        small = {name: shrink(grid) for name, grid in grids.items()}
+        legend = "Down: document tokens that attend; across: tokens seen (what is chosen by the text is not drawn)."
+        print(f"{masks_text(small)}\n{legend}" if method else text_strip(plan), end="\n\n")
         print("One layer of Llama-3.1-8B's shape, bf16:")
         rows = [
             (

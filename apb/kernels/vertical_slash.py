@@ -44,7 +44,7 @@ def choose_tiles(dtype: torch.dtype, dim: int, capability: tuple[int, int], *, t
     tma = tma and capability[0] >= 9
     if dim > 128:
         return Tiles(64, 64, 8, 2, 1, tma)
-    return Tiles(64, 64, 4, 3 if dim <= 64 else 2, 1, tma)
+    return Tiles(64, 64, 4, 3 if dim <= 64 else 2, 2 if tma and capability[0] == 9 else 1, tma)
 
 
 @triton.jit
@@ -160,8 +160,8 @@ def vertical_slash_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    # A loop even where there are two steps at most, pipelined like the next, and gathers that are not: else, on sm_90,
-    # ptxas waits for every wgmma in turn (its message C7515).
+    # A loop even where there are two steps at most, pipelined like the next, and gathers that are not unless the tiles
+    # come by TMA: else, on sm_90, ptxas waits for every wgmma in turn (its message C7515).
     acc, peak, total = sweep_tiles(acc, peak, total, q_tile, k_source, v_source, batch, kv_head, tiles,
                                    0, tl.minimum(count, 2), count, first, row, tokens,
                                    stride_kn, stride_kd, stride_vn, stride_vd, scale_log2,

@@ -64,7 +64,13 @@ class APB(Method):
         block = -(-tokens // blocks)
         anchor, passing = self.anchor, block // 8 if self.passing is None else self.passing
         if anchor is None:
-            anchor = min(block, max(block // 4, query_offset)) if blocks > 1 else 0
+            anchor = max(block // 4, query_offset) if blocks > 1 else 0
+            if anchor > block:
+                raise ValueError(
+                    f"hosts: a block of {block} tokens is shorter than the {query_offset} tokens of the prefix, which "
+                    f"the anchor must hold; use fewer hosts or a longer document, or give an anchor and "
+                    f"query_in='prefill' or 'after'"
+                )
         reads_query = "query" in self.needs and blocks > 1 and passing > 0
         inside = anchor > 0 and self.query_in == "anchor"
         if reads_query and not (query and (inside or self.query_in == "prefill")):
@@ -84,6 +90,11 @@ class APB(Method):
             anchor_on_first=reads_query and inside,
             layout=self.layout,
         )
+
+    def check_plan(self, plan: ContextPlan) -> None:
+        """Take any plan without a shared prefix: who passes what to whom follows from it."""
+        if plan.shared_prefix:
+            raise ValueError("plan: APB takes no shared prefix; make the plan with this method's plan(…)")
 
     def attend(
         self,

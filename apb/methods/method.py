@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from apb.attend import Backend, decode_attention, masked_attention
+from apb.attend.check import check_inputs
 from apb.blocks import HostPlan
 from apb.compress.compressor import Need
 from apb.context import Context
@@ -165,11 +166,31 @@ class Method(ABC):
         return out, lse
 
     def share(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> HostPlan:
-        """Return this host's share of the plan, checked against the rows that came."""
-        share = context.plan.host(context.host.rank)
-        if (q.shape[2], k.shape[2], v.shape[2]) != (share.rows,) * 3:
+        """Return this host's share of the plan, after checking that plan, group and rows belong together."""
+        plan = context.plan
+        plan.check_group(context.host.world_size)
+        self.check_plan(plan)
+        share = plan.host(context.host.rank)
+        if all(x.ndim == 4 for x in (q, k, v)) and (q.shape[2], k.shape[2], v.shape[2]) != (share.rows,) * 3:
             raise ValueError(
                 f"q, k, v: {q.shape[2]}, {k.shape[2]} and {v.shape[2]} rows, expected {share.rows}, the plan's rows of "
                 f"rank {share.rank}"
             )
+        check_inputs(q, k, v, context.scale, self.backend, get_args(Backend)[1:])
         return share
+
+    def check_plan(self, plan: ContextPlan) -> None:
+        """Raise unless `plan` is of the kind that this method makes: another's rows would be attended to wrongly."""
+        own = self.plan(tokens=plan.tokens, hosts=plan.hosts, query=plan.query)
+        for name in ("layout", "shared_prefix", "reuse_positions"):
+            if getattr(own, name) != getattr(plan, name):
+                raise ValueError(
+                    f"plan: {type(self).__name__} takes {name}={getattr(own, name)!r}, got {getattr(plan, name)!r}; "
+                    f"make the plan with this method's plan(…)"
+                )
+        asks = plan.query > 0 and (plan.query_in == "prefill" or plan.anchor_rows > plan.anchor)
+        if asks or (self.exact and plan.anchor):
+            raise ValueError(
+                f"plan: {type(self).__name__} takes {'no anchor and ' * self.exact}no query in the prefill, got an anchor "
+                f"of {plan.anchor} and query_in={plan.query_in!r}; make the plan with this method's plan(…)"
+            )

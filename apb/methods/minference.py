@@ -68,7 +68,7 @@ class MInference(Method):
         with context.trace.phase("attend"):
             out, _ = sparse_attention(q, k, v, index, scale=context.scale, backend=self.dense_backend)
         if context.trace.counted:
-            context.trace.count_pairs(context.layer, index.pairs().sum() // q.shape[0])
+            context.trace.count_pairs(context.layer, index.pairs().sum() // max(1, q.shape[0]))
         if context.trace.keeps(context.layer):
             context.trace.indices[context.layer] = index
         return out

@@ -33,6 +33,20 @@ class Named:
     settings: dict[str, Callable[[str], Any]] = field(default_factory=dict)
 
 
+def _integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"expected an integer, got {text!r}") from None
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"expected a number, got {text!r}") from None
+
+
 def _compressor(name: str) -> Compressor:
     if name == "retaining-head":
         raise ValueError("retaining-head needs its checkpoint: apb generate --compressor retaining-head --heads FILE")
@@ -63,8 +77,8 @@ METHODS: dict[str, Named] = {
     "ring": Named(title="Ring Attention", make=Ring),
     "ring-zigzag": Named(title="Zigzag Ring Attention", make=lambda **settings: Ring(layout="zigzag", **settings)),
     "ulysses": Named(title="Ulysses", make=Ulysses),
-    "star": Named(title="Star Attention", make=Star, settings={"anchor": int}),
-    "ape": Named(title="APE", make=APE, settings={"prefix": int, "temperature": float, "scale": float}),
+    "star": Named(title="Star Attention", make=Star, settings={"anchor": _integer}),
+    "ape": Named(title="APE", make=APE, settings={"prefix": _integer, "temperature": _number, "scale": _number}),
     "minference": Named(
         title="MInference",
         make=_minference,
@@ -76,7 +90,7 @@ METHODS: dict[str, Named] = {
     "apb": Named(
         title="APB",
         make=APB,
-        settings={"anchor": int, "passing": int, "compressor": _compressor, "query_in": str, "layout": str},
+        settings={"anchor": _integer, "passing": _integer, "compressor": _compressor, "query_in": str, "layout": str},
     ),
 }
 
@@ -96,7 +110,8 @@ def make_method(text: str, **settings: Any) -> Method:
     """
     name, _, rest = text.partition(":")
     if name not in METHODS:
-        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {name!r}")
+        hint = "; separate methods by spaces" if "," in name else ""
+        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {name!r}{hint}")
     known, given = METHODS[name], dict(settings)
     for part in filter(None, rest.split(",")):
         key, _, value = (side.strip() for side in part.partition("="))

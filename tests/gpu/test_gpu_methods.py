@@ -129,3 +129,28 @@ def test_a_model_answers_over_nccl_as_on_threads(name):
     weights = tiny_model(layers=3).cuda()
     on_threads = run_threads(HOSTS, answer, name, weights, device="cuda")
     assert run_processes(HOSTS, answer, name, backend="nccl") == on_threads
+
+
+def few_tokens(host, name):
+    """Attend to fewer tokens than there are hosts, with fewer heads than hosts; return this host's rows."""
+    method = METHODS[name]
+    plan = method.plan(tokens=HOSTS - 1, hosts=HOSTS)
+    document = [
+        x[:, :, : HOSTS - 1].to(torch.bfloat16) for x in peaked(3, 8, heads=(1, 1), dim=DIM, dtype=torch.float32)
+    ]
+    return method.attend(
+        *(document_rows(plan, host.rank, x).to(host.device) for x in document), Context(plan, host)
+    ).cpu()
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize("name", ["ring", "ring-zigzag", "ulysses"])
+def test_nccl_with_hosts_that_have_no_row_or_no_head(name):
+    plan = METHODS[name].plan(tokens=HOSTS - 1, hosts=HOSTS)
+    document = [
+        x[:, :, : HOSTS - 1].to(torch.bfloat16) for x in peaked(3, 8, heads=(1, 1), dim=DIM, dtype=torch.float32)
+    ]
+    out = plan.join(run_processes(HOSTS, few_tokens, name, backend="nccl"), dim=2)
+    mask = causal_mask(HOSTS - 1)
+    truth, eager = attention(*document, mask)[0], eager_attention(*document, mask)
+    assert_rows_close(out, truth, eager=eager, value_scale=float(document[2].abs().max()))
