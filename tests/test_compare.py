@@ -51,7 +51,7 @@ def test_the_table_has_a_line_a_method_and_says_which_cannot_run(capsys, model_d
     assert "star:anchor=1000: anchor: 1000 tokens reach into the second block" in printed.out
     head = next(line for line in lines if line.startswith("method"))
     assert all(word in head for word in ("prefill", "first token", "pairs", "sent MB", "peak MB", "logits off by"))
-    assert [line.split()[:1] for line in lines].count(["ring"]) == 2  # in the table, and in that of the phases
+    assert [line.split()[:1] for line in lines].count(["ring"]) == 3  # the table, that of the phases, and the mask
     assert "[3/4]" in printed.err and "█" in printed.out
     assert main(compare(model_dir, "--methods", "ring", "rung")) == 2
     assert "method: expected one of flash, ring" in capsys.readouterr().err

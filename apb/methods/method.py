@@ -191,6 +191,6 @@ class Method(ABC):
         asks = plan.query > 0 and (plan.query_in == "prefill" or plan.anchor_rows > plan.anchor)
         if asks or (self.exact and plan.anchor):
             raise ValueError(
-                f"plan: {type(self).__name__} takes {'no anchor and ' * self.exact}no query in the prefill, got an anchor "
-                f"of {plan.anchor} and query_in={plan.query_in!r}; make the plan with this method's plan(…)"
+                f"plan: {type(self).__name__} takes {'no anchor and ' * self.exact}no query in the prefill, got an "
+                f"anchor of {plan.anchor} and query_in={plan.query_in!r}; make the plan with this method's plan(…)"
             )
