@@ -243,9 +243,10 @@ def attend(method, q, k, v, layer=0):
     return method.attend(q, k, v, context), trace
 
 
-def test_the_method_groups_heads_by_pattern_and_counts():
+@pytest.mark.parametrize("other", [VerticalSlash(vertical=40, slash=100), BlockSparse(blocks=2)])
+def test_the_method_groups_heads_by_pattern_and_counts(other):
     q, k, v = peaked(1, 200)
-    one, two = AShape(sink=2, local=3), VerticalSlash(vertical=40, slash=100)
+    one, two = AShape(sink=2, local=3), other
     method = MInference(pattern=((one,) * 4, (one, two, one, two)), dense_below=0)
     out, trace = attend(method, q, k, v, layer=1)
     masks = [p.index(q, k).mask()[:, [head]] for head, p in enumerate(method.pattern[1])]

@@ -101,13 +101,13 @@ def describe(outcomes: list[Outcome]) -> str:
         rows = [(outcome.name, *(f"{ms:,.0f}" if ms else "–" for ms in times))
                 for (outcome, _), times in zip(ran, inside, strict=True)]  # fmt: skip
         lines.append(table(("ms inside the prefill", *phases), rows, left=("ms inside the prefill",)))
-    lines += [f"{outcome.name}: {outcome.error}" for outcome in outcomes if not outcome.report]
-    lines += [
+    notes = [f"{outcome.name}: {outcome.error}" for outcome in outcomes if not outcome.report]
+    notes += [
         f"{outcome.name}: attended exactly, for the document is shorter than its dense_below"
         for outcome, report in ran
         if outcome.name.startswith("minference") and not report.generation.indices
     ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *([""] if lines and notes else []), *notes])
 
 
 _HEAD = ("method", "prefill", "question", "first token", "a token", "pairs", "of exact", "sent MB", "cache MB",
