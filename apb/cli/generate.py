@@ -105,7 +105,8 @@ def describe(report: Report) -> str:
         f"Answer: {report.answer}",
         f"{report.title} on {report.host_kind} ({report.hosts[0].device}), "
         f"{plan.tokens} document tokens, {report.wall_s:.1f} s in all",
-        f"{report.method}, question of {plan.query} tokens",
+        report.method,
+        str(plan).splitlines()[0],
     ]
     rows = []
     for host in report.hosts:
