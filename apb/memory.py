@@ -1,7 +1,7 @@
 """How much memory a piece of work takes at its peak, on a GPU or in this process."""
 
 import contextlib
-import resource
+import sys
 from pathlib import Path
 
 import torch
@@ -13,7 +13,8 @@ class PeakMemory:
     """The most bytes in use at once since this object was made, beyond those in use then.
 
     On CUDA, PyTorch's own count of the device. On a CPU, the process's resident memory; where the system cannot reset
-    the high-water mark (not Linux), it may be too low. Thread hosts on one device, or in one process, share a count.
+    the high-water mark (not Linux), it may be too low, and on Windows it is 0. Thread hosts on one device, or in one
+    process, share a count.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -40,4 +41,9 @@ def _resident_bytes() -> int:
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) * 1024
     except (OSError, IndexError):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        pass
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
