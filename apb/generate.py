@@ -12,12 +12,13 @@ from torch import Tensor
 
 from apb.context import Trace
 from apb.costs import HostCost
-from apb.hf import Session, model_shape
+from apb.hf import model_shape
 from apb.memory import PeakMemory
 from apb.methods import Method
 from apb.parallel.host import Counters, Host
 from apb.plan import ContextPlan
 from apb.prompt import Prompt
+from apb.session import Session
 
 __all__ = ["Generation", "generate"]
 

@@ -3,17 +3,15 @@
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from apb.attend import Backend
-from apb.compress import RetainingHead, load_retaining_head
 from apb.costs import HostCost
 from apb.generate import Generation, generate
 from apb.hf import model_shape, share_weights
-from apb.methods import METHODS, Method, make_method
+from apb.methods import METHODS, make_method
 from apb.models import DEMO_MODEL, demo_model, load_model, load_tokenizer
 from apb.parallel import Host, host_from_env, run_processes, run_simulated, run_threads
 from apb.plan import ContextPlan
@@ -39,7 +37,6 @@ class Job:
     answer_prefix: str = ""
     method: str = "apb"
     settings: dict[str, Any] = field(default_factory=dict)
-    heads: Path | None = None
     hosts: int | None = None
     host_kind: HostKind = "auto"
     backend: Backend = "auto"
@@ -148,16 +145,12 @@ def check_job(job: Job) -> None:
         raise ValueError(f"timeout: expected seconds, more than 0 and at most 1e6, got {job.timeout_s}")
     if job.max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: expected at least 1, got {job.max_new_tokens}")
-    if job.heads is not None and job.settings.get("compressor") != "retaining-head":
-        got = job.settings.get("compressor")
-        raise ValueError(f"heads: {job.heads} is for the compressor 'retaining-head', got {got!r}")
     for name, text in (("document", job.document), ("query", job.query)):
         if not text.strip():
             raise ValueError(f"{name}: expected some text, got {text!r}")
     if job.hosts is not None and job.hosts < 1:
         raise ValueError(f"hosts: expected at least 1, got {job.hosts}")
-    known = {name: value for name, value in job.settings.items() if value != "retaining-head"}
-    method = make_method(job.method, backend=job.backend, **known)
+    method = make_method(job.method, backend=job.backend, **job.settings)
     if method.one_host and job.hosts not in (None, 1):
         raise ValueError(
             f"hosts: {job.method} runs on one host, got {job.hosts}; leave hosts out, or take a method that splits the "
@@ -204,7 +197,8 @@ def _answer(
         tokenizer = load_tokenizer(job.model)
         model = _load(job, host.device) if model is None else share_weights(model)
         prompt = build_prompt(tokenizer, job.document, job.query, answer_prefix=job.answer_prefix)
-        method = _method(job, model)
+        method = make_method(job.method, backend=job.backend, **job.settings)
+        method = method.prepare(model_shape(model.config), host.device, model.dtype)
     layers = model.config.num_hidden_layers
     stop = model.generation_config.eos_token_id
     result: Generation = generate(
@@ -237,22 +231,6 @@ def _answer(
     )
     text = job.answer_prefix + tokenizer.decode(tokens, skip_special_tokens=True)
     return text.strip(), tokens, repr(method), layers, result.to("cpu"), report
-
-
-def _method(job: Job, model: Any) -> Method:
-    settings = dict(job.settings)
-    if settings.get("compressor") == "retaining-head":
-        settings["compressor"] = _retaining_head(job.heads, model)
-    return make_method(job.method, backend=job.backend, **settings)
-
-
-def _retaining_head(path: Path | None, model: Any) -> RetainingHead:
-    if path is None:
-        raise ValueError("heads: the retaining head needs a checkpoint; give its file with --heads")
-    heads = load_retaining_head(path)
-    shape = model_shape(model.config)
-    heads.check_fits(layers=shape.layers, heads=shape.heads, kv_heads=shape.kv_heads, head_dim=shape.head_dim)
-    return heads.to(model.device, model.dtype)
 
 
 def _gather_reports(host: Host, mine: tuple[Any, ...]) -> list[Any]:

@@ -105,7 +105,7 @@ def test_doctor_says_what_runs(capsys):
         (("--method", "spiral"), "method: expected one of flash, ring"),
         (("--method", "flash", "--hosts", "2"), "hosts: flash runs on one host, got 2"),
         (("--method", "star", "--passing", "2"), "passing: star does not know it"),
-        (("--hosts", "2", "--compressor", "retaining-head"), "give its file with --heads"),
+        (("--hosts", "2", "--compressor", "retaining-head"), "give its file as heads=FILE"),
         (("--max-new-tokens", "0"), "max_new_tokens: expected at least 1"),
     ],
 )

@@ -21,11 +21,12 @@ from apb.compress import (
 )
 from apb.context import Context
 from apb.generate import generate
-from apb.hf import Session, model_shape
+from apb.hf import model_shape
 from apb.methods import APB, Flash
 from apb.parallel import HostFailed, PlanMismatch, run_threads
 from apb.plan import plan_context
 from apb.prompt import Prompt, build_prompt
+from apb.session import Session
 from apb.testing.strategies import host_rows, stream_rows
 from apb.testing.tiny import tiny_model
 

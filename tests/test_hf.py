@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from apb.compress import KeyNorm, Projections, QueryAware, RetainingHead
 from apb.context import Trace
 from apb.costs import host_cost
-from apb.hf import Session, model_shape, register, share_weights
+from apb.hf import model_shape, register, share_weights
 from apb.methods import APB, Flash
 from apb.parallel import run_processes, run_threads
+from apb.session import Session
 from apb.testing import oracle
 from apb.testing.strategies import SEEDS, plan_arguments
 from apb.testing.tiny import tiny_model
@@ -223,7 +224,7 @@ def test_after_the_prefill_a_cache_is_exactly_the_hosts_blocks(models):
 
 
 def test_a_long_answer_outgrows_the_spare_room(models, monkeypatch):
-    monkeypatch.setattr("apb.hf._SPARE_TOKENS", 2)
+    monkeypatch.setattr("apb.session._SPARE_TOKENS", 2)
     method = APB(anchor=3, passing=2)
     plan = method.plan(tokens=20, hosts=2, query=2)
     check_against_the_oracle(models["llama"], method, plan, tokens(1, 20), tokens(2, 2))

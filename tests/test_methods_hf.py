@@ -8,12 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apb.generate import generate
-from apb.hf import Session, share_weights
+from apb.hf import share_weights
 from apb.methods import APB, APE, Flash, Ring, Star, Ulysses
 from apb.models import DEMO_MODEL, cache_dir, load_model, load_tokenizer
 from apb.parallel import run_processes, run_threads
 from apb.prompt import Prompt, build_prompt
 from apb.reference import ape_mask, ape_mix, star_mask
+from apb.session import Session
 from apb.testing.oracle import DocumentStack
 from apb.testing.strategies import SEEDS
 from apb.testing.tiny import tiny_model

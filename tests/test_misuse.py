@@ -7,10 +7,10 @@ import torch
 
 from apb.compress import Candidates, KeyNorm, QueryAware, load_retaining_head
 from apb.context import Context
-from apb.hf import Session
 from apb.methods import APB, APE, Flash, MInference, Ring, Star, Ulysses
 from apb.parallel import run_threads
 from apb.parallel.passing import PassingBlocks
+from apb.session import Session
 from apb.testing.tiny import tiny_model
 
 KEY_NORM = APB(anchor=2, passing=3, compressor=KeyNorm())

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from apb.compress import Candidates, Projections, RetainingHead, load_retaining_head
+from apb.costs import ModelShape
+from apb.methods import APB
 from apb.testing.strategies import peaked
 
 
@@ -34,7 +36,9 @@ def test_retaining_heads_come_back_from_disk(tmp_path, prefix, suffix):
     q, k, v = peaked(1, 9, batch=2, dtype=torch.float32)
     c = Candidates(q=q, k=k, v=v, layer=1, projections=Projections(q=q, k=k, v=v))
     assert torch.equal(loaded.score(c), head.score(c))
-    assert head.to("cpu", torch.bfloat16).score(c).dtype == torch.bfloat16
+    shape = ModelShape(hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=96, layers=2)
+    prepared = APB(compressor=head).prepare(shape, torch.device("cpu"), torch.bfloat16)
+    assert prepared.compressor.score(c).dtype == torch.bfloat16
 
 
 KEY = "model.layers.{}.self_attn.{}.weight"

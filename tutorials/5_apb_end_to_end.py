@@ -22,11 +22,12 @@ import apb
 from apb import reference
 from apb.compress import Candidates, QueryAware, SnapKV
 from apb.generate import generate
-from apb.hf import Session, share_weights
+from apb.hf import share_weights
 from apb.methods import APB
 from apb.parallel import run_threads
 from apb.parallel.passing import PassingBlocks
 from apb.prompt import Prompt
+from apb.session import Session
 from apb.testing.tiny import tiny_model
 
 torch.set_num_threads(1)

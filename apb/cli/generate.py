@@ -43,7 +43,7 @@ def add_host_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--passing", type=int, help="tokens each block passes on (default: an eighth of a block)")
     parser.add_argument("--compressor", choices=(*TRAINING_FREE, "retaining-head"),
                         help="chooses the tokens that are passed on (default: query-aware)")  # fmt: skip
-    parser.add_argument("--heads", type=Path, help="checkpoint of the retaining heads")
+    parser.add_argument("--heads", help="checkpoint of the retaining heads")
     parser.add_argument("--query-in", choices=get_args(QueryIn),
                         help="where the question is during the prefill (default: anchor)")  # fmt: skip
     parser.add_argument("--layout", choices=get_args(Layout),
@@ -77,8 +77,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def job_from(arguments: argparse.Namespace, **what: Any) -> Job:
     """Make a job of the host arguments and `what` else it needs."""
-    where = {name: getattr(arguments, name) for name in ("hosts", "host_kind", "heads", "backend")}
-    names = ("anchor", "passing", "compressor", "query_in", "layout")
+    where = {name: getattr(arguments, name) for name in ("hosts", "host_kind", "backend")}
+    names = ("anchor", "passing", "compressor", "heads", "query_in", "layout")
     settings = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     return Job(**where, settings=settings, timeout_s=arguments.timeout, **what)
 
@@ -91,7 +91,7 @@ def run_and_compare(job: Job, *, compare: bool) -> list[Report]:
     reports = [report]
     if compare:
         print("The same question with exact attention on one host", file=sys.stderr, flush=True)
-        exact = replace(job, method="flash", settings={}, heads=None, hosts=1, host_kind="threads")
+        exact = replace(job, method="flash", settings={}, hosts=1, host_kind="threads")
         answer = run_job(exact, on_phase=show_phase, here=True)
         reports += [answer] if answer else []
     show_phase("done", 0, 0)

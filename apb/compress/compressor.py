@@ -15,6 +15,7 @@ from torch import Tensor
 
 from apb.compress.pool import MaxPool, Pool
 from apb.compress.select import select
+from apb.costs import ModelShape
 
 __all__ = ["Candidates", "Compressor", "Document", "Kept", "Need", "Projections"]
 
@@ -88,6 +89,14 @@ class Compressor(ABC):
     def needs(self) -> frozenset[Need]:
         """What `score` reads beside q, k and v."""
         return frozenset()
+
+    def prepare(self, shape: ModelShape, device: torch.device, dtype: torch.dtype) -> "Compressor":
+        """Return the compressor ready for a model; one with weights checks that they fit, and moves them.
+
+        Raises:
+            ValueError: the weights were made for another model.
+        """
+        return self
 
     @abstractmethod
     def score(self, candidates: Candidates) -> Float[Tensor, "batch kv_heads tokens"]:

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from apb.compress.compressor import Candidates, Compressor, Need
+from apb.costs import ModelShape
 
 __all__ = ["RetainingHead", "load_retaining_head"]
 
@@ -56,8 +57,9 @@ class RetainingHead(Compressor):
                 f"checkpoint trained for this model, or use a compressor that needs none (query-aware)"
             )
 
-    def to(self, device: torch.device | str, dtype: torch.dtype) -> "RetainingHead":
-        """Return the same heads on another device and in another dtype."""
+    def prepare(self, shape: ModelShape, device: torch.device, dtype: torch.dtype) -> "RetainingHead":
+        """Check that the heads fit the model, and return them on its device and in its dtype."""
+        self.check_fits(layers=shape.layers, heads=shape.heads, kv_heads=shape.kv_heads, head_dim=shape.head_dim)
         fc1, fc2 = (tuple(w.to(device, dtype) for w in part) for part in (self.fc1, self.fc2))
         return RetainingHead(pool=self.pool, fc1=fc1, fc2=fc2)
 

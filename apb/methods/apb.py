@@ -1,6 +1,6 @@
 """APB: anchor + passing blocks (arXiv 2502.12085). Plan, compress, pass, attend."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import get_args
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from apb.compress.compressor import Candidates, Compressor, Document, Need, Projections
 from apb.compress.query_aware import QueryAware
 from apb.context import Context
+from apb.costs import ModelShape
 from apb.methods.method import Method, check_choice, check_count
 from apb.parallel.decode import start_attend_over_hosts
 from apb.parallel.host import Handle
@@ -53,6 +54,10 @@ class APB(Method):
     def needs(self) -> frozenset[Need]:
         """What the compressor reads beside q, k and v."""
         return self.compressor.needs
+
+    def prepare(self, shape: ModelShape, device: torch.device, dtype: torch.dtype) -> "APB":
+        """Prepare the compressor."""
+        return replace(self, compressor=self.compressor.prepare(shape, device, dtype))
 
     def plan(self, *, tokens: int, hosts: int, query: int = 0, query_offset: int = 0) -> ContextPlan:
         """Split `tokens` document tokens over `hosts` hosts; arguments and errors as `plan_context`.

@@ -63,6 +63,14 @@ class Method(ABC):
         """Who computes what "flex" has no answer for: rectangles, decoding, and lists of tiles."""
         return "auto" if self.backend == "flex" else self.backend
 
+    def prepare(self, shape: ModelShape, device: torch.device, dtype: torch.dtype) -> "Method":
+        """Return the method ready for a model: weights of its own are checked and moved.
+
+        Raises:
+            ValueError: weights that were made for another model.
+        """
+        return self
+
     @abstractmethod
     def plan(self, *, tokens: int, hosts: int, query: int = 0, query_offset: int = 0) -> ContextPlan:
         """Split `tokens` document tokens over `hosts` hosts.

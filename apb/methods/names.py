@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from apb.attend import AShape, BlockSparse, Pattern, VerticalSlash
-from apb.compress import TRAINING_FREE, Compressor
+from apb.compress import TRAINING_FREE, Compressor, load_retaining_head
 from apb.methods.apb import APB
 from apb.methods.ape import APE
 from apb.methods.flash import Flash
@@ -48,11 +49,22 @@ def _number(text: str) -> float:
 
 
 def _compressor(name: str) -> Compressor:
-    if name == "retaining-head":
-        raise ValueError("retaining-head needs its checkpoint: apb generate --compressor retaining-head --heads FILE")
     if name not in TRAINING_FREE:
-        raise ValueError(f"expected one of {', '.join(TRAINING_FREE)}, got {name!r}")
+        names = ", ".join((*TRAINING_FREE, "retaining-head"))
+        raise ValueError(f"compressor: expected one of {names}, got {name!r}")
     return TRAINING_FREE[name]()
+
+
+def _apb(*, compressor: Compressor | str | None = None, heads: str | Path | None = None, **settings: Any) -> APB:
+    if compressor == "retaining-head":
+        if heads is None:
+            raise ValueError("heads: the retaining head needs a checkpoint; give its file as heads=FILE (--heads FILE)")
+        compressor = load_retaining_head(heads)
+    elif heads is not None:
+        raise ValueError(f"heads: {heads} is for the compressor 'retaining-head', got {compressor!r}")
+    if isinstance(compressor, str):
+        compressor = _compressor(compressor)
+    return APB(**settings) if compressor is None else APB(compressor=compressor, **settings)
 
 
 def _minference(pattern: str = "vertical-slash", **settings: Any) -> MInference:
@@ -89,8 +101,11 @@ METHODS: dict[str, Named] = {
     ),
     "apb": Named(
         title="APB",
-        make=APB,
-        settings={"anchor": _integer, "passing": _integer, "compressor": _compressor, "query_in": str, "layout": str},
+        make=_apb,
+        settings={
+            **dict.fromkeys(("anchor", "passing"), _integer),
+            **dict.fromkeys(("compressor", "heads", "query_in", "layout"), str),
+        },
     ),
 }
 

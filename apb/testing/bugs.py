@@ -118,7 +118,7 @@ BUGS = (
     ),
     Bug(
         name="a retaining head that reads the projections after RoPE",
-        file="hf.py",
+        file="session.py",
         old="Projections(**found) if found",
         new="Projections(q=q, k=k, v=v) if found",
         tests="tests/test_hf.py -k 'before_rope and llama'",
@@ -212,7 +212,7 @@ BUGS = (
     ),
     Bug(
         name="the last host forgets the query's keys",
-        file="hf.py",
+        file="session.py",
         old="[*share.held_spans, query] if owns else share.held_spans",
         new="share.held_spans",
         tests="tests/test_hf.py -k 'session_equals and llama and prefill-contiguous'",

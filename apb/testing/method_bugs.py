@@ -118,7 +118,7 @@ METHOD_BUGS = (
     ),
     Bug(
         name="a host without rows attends at another scale than its model",
-        file="hf.py",
+        file="session.py",
         old="scales.get(layer)",
         new="None",
         tests="tests/test_methods_hf.py -k own_scale",
