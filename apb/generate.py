@@ -1,67 +1,23 @@
-"""The walk of one question: agree on a plan, prefill, ask, decode greedily. The same code on every host."""
+"""The walk of a question: agree on a plan, prefill, ask, decode. The same code on every host.
+
+`generate` answers one prompt, or a batch of prompts of equal lengths; `generate_batch` answers prompts of any lengths.
+"""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
 from hashlib import sha256
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
-from apb.context import Trace
-from apb.costs import HostCost
-from apb.hf import model_shape
-from apb.memory import PeakMemory
+from apb.conversation import Conversation, OnToken
+from apb.generation import Generation
 from apb.methods import Method
-from apb.parallel.host import Counters, Host
-from apb.plan import ContextPlan
+from apb.parallel.host import Host
 from apb.prompt import Prompt
-from apb.session import Session
+from apb.sampling import Sampling
 
-__all__ = ["Generation", "generate"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Generation:
-    """What one host saw of a generation; `tokens` are the same on every host.
-
-    Attributes:
-        tokens: `[batch, new]`, chosen greedily; after a stop token a row repeats it.
-        plan: how the document was split.
-        cost: what the plan says one layer costs this host.
-        counters: what this host sent in this generation.
-        prefill_bytes: of that, the bytes it sent in the prefill.
-        logits: `[batch, vocab]`, after the question: what the first new token is chosen by.
-        pairs: query–key pairs that this host scored in each layer of the prefill, summed over the query heads.
-        phase_ms: time by phase; "prefill" contains "compress", "pass" and "attend".
-        peak_bytes: most memory in use beyond what was when the generation began, as `PeakMemory` counts it.
-        kept: per (layer, block) of this host, the kept document positions.
-        indices: per layer, the sparse index of a method that builds one.
-    """
-
-    tokens: Int[Tensor, "batch new"]
-    plan: ContextPlan
-    cost: HostCost
-    counters: Counters
-    prefill_bytes: int
-    logits: Float[Tensor, "batch vocab"] = field(repr=False)
-    pairs: dict[int, int]
-    phase_ms: dict[str, float]
-    peak_bytes: int
-    kept: dict[tuple[int, int], Tensor] = field(repr=False)
-    indices: dict[int, Any] = field(repr=False)
-
-    def to(self, device: torch.device | str) -> "Generation":
-        """Return the same with its tensors on another device."""
-        return replace(
-            self,
-            tokens=self.tokens.to(device),
-            logits=self.logits.to(device),
-            kept={key: kept.to(device) for key, kept in self.kept.items()},
-            indices={layer: index.to(device) for layer, index in self.indices.items()},
-        )
+__all__ = ["Generation", "generate", "generate_batch"]
 
 
 def generate(
@@ -72,13 +28,14 @@ def generate(
     *,
     max_new_tokens: int = 32,
     stop_tokens: Sequence[int] = (),
-    on_token: Callable[[int, Tensor], None] | None = None,
+    sampling: Sampling | None = None,
+    on_token: OnToken | None = None,
     on_phase: Callable[[str, int, int], None] | None = None,
     timed: bool = True,
     keep_indices: bool = False,
     keep_layer: int | None = None,
 ) -> Generation:
-    """Answer greedily: prefill the document over all hosts, then the question and each new token against all caches.
+    """Answer: prefill the document over all hosts, then run the question and each new token against all caches.
 
     Args:
         model: a transformers causal language model, on this host's device.
@@ -87,7 +44,9 @@ def generate(
         prompt: the same on every host.
         max_new_tokens: most tokens to generate, ≥ 1.
         stop_tokens: a row ends at the first of these.
-        on_token: called with (number, `[batch]` ids) of each new token.
+        sampling: how to choose tokens; None is greedily.
+        on_token: called with (number, `[batch]` ids) of each new token; may return which rows end with it, the same on
+            every host.
         on_phase: called with (phase, 0, 0) as each phase starts, and with ("prefill", done, total) after each layer.
         timed: measure the phases.
         keep_indices: note in `kept` and `indices` what each layer chose.
@@ -103,78 +62,101 @@ def generate(
     for name in ("document", "query"):
         if getattr(prompt, name).shape[-1] == 0:
             raise ValueError(f"{name}: it is empty; expected at least 1 token")
-    device = host.device
-    trace = Trace(timed=timed, keep_indices=keep_indices, keep_layer=keep_layer, counted=True, device=device)
-    started = on_phase or (lambda name, done, total: None)
-    before = host.counters.copy()
-
-    started("plan", 0, 0)
-    with trace.phase("plan"), host.together("plan"):
-        shape = replace(model_shape(model.config), bytes_per_value=model.dtype.itemsize)
-        plan = method.plan(
-            tokens=prompt.document.shape[-1],
-            hosts=host.world_size,
-            query=prompt.query.shape[-1],
-            query_offset=prompt.prefix_tokens,
-        )
-    host.agree((plan, method, shape, _digest(prompt), max_new_tokens), what="plan")
-
-    memory = PeakMemory(device)
-    session = Session(model, method, plan, host, trace=trace, on_layer=partial(started, "prefill"))
-    started("prefill", 0, 0)
-    with trace.phase("prefill"):
-        hidden = session.prefill(prompt.document, prompt.query)
-    prefill_bytes = sum(host.counters.since(before).sent_bytes.values())
-    started("query", 0, 0)
-    with trace.phase("query"):
-        if plan.host(host.rank).query_rows:  # it has run along with the prefill
-            logits = session.extend(prompt.suffix) if prompt.suffix.shape[-1] else session.logits(hidden[:, -1])
-        else:
-            logits = session.extend(torch.cat((prompt.query, prompt.suffix), dim=-1))
-    started("decode", 0, 0)
-    with trace.phase("decode"):
-        tokens = _decode(session, logits, max_new_tokens, stop_tokens, on_token)
-    return Generation(
-        tokens=tokens,
-        plan=plan,
-        cost=method.cost(plan, host.rank, shape),
-        counters=host.counters.since(before),
-        prefill_bytes=prefill_bytes,
-        logits=logits,
-        pairs=trace.pairs,
-        phase_ms=trace.phase_ms,
-        peak_bytes=memory.bytes,
-        kept=trace.kept,
-        indices=trace.indices,
+    host.agree((_digest(prompt), max_new_tokens, tuple(stop_tokens), sampling), what="plan")  # before anything runs
+    conversation = Conversation(
+        model, method, host, on_phase=on_phase, timed=timed, keep_indices=keep_indices, keep_layer=keep_layer
+    )
+    conversation.prefill(prompt.document, prompt.query, prefix_tokens=prompt.prefix_tokens)
+    return conversation.ask(
+        prompt.query,
+        prompt.suffix,
+        max_new_tokens=max_new_tokens,
+        stop_tokens=stop_tokens,
+        sampling=sampling,
+        on_token=on_token,
     )
 
 
-def _decode(
-    session: Session,
-    logits: Tensor,
-    max_new_tokens: int,
-    stop_tokens: Sequence[int],
-    on_token: Callable[[int, Tensor], None] | None,
-) -> Tensor:
-    host, plan = session.host, session.plan
-    stops = torch.tensor(list(stop_tokens), dtype=torch.int64, device=logits.device)
-    chosen: list[Tensor] = []
-    stopped = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
-    while True:
-        token = logits.argmax(dim=-1)
-        if chosen:
-            token = torch.where(stopped, chosen[-1], token)
-        # Unlike machines may round a tie apart, so the owner's choice holds for all.
-        token = host.all_gather(token, what="token").wait()[plan.owner]
-        chosen.append(token)
-        stopped = stopped | torch.isin(token, stops)
-        if on_token:
-            on_token(len(chosen) - 1, token)
-        if len(chosen) == max_new_tokens or bool(stopped.all()):
-            return torch.stack(chosen, dim=-1)
-        logits = session.extend(token[:, None])
+def generate_batch(
+    model: Any,
+    method: Method,
+    host: Host,
+    prompts: Sequence[Prompt],
+    *,
+    most: int | None = None,
+    stop_tokens: Sequence[int] = (),
+    on_token: Callable[[int, int, int], bool | None] | None = None,
+    **options: Any,
+) -> list[Generation]:
+    """Answer prompts of any lengths: those whose parts have equal lengths as one batch, one batch after the other.
+
+    Nothing is padded: a padded row would need a mask of its own in every kernel, and would count in every cost. The
+    answers are the same as one by one.
+
+    Args:
+        model, method, host: as in `generate`.
+        prompts: of one row each, or of several; the same on every host.
+        most: rows in a batch at most, ≥ 1; None is no bound.
+        stop_tokens: an answer ends at the first of these.
+        on_token: called with (row, number, id) of each new token, rows counted over all prompts; may return True to
+            end the answer with it, the same on every host.
+        options: as in `generate`.
+
+    Returns:
+        One generation for each row, in the order asked; what it says of time, memory and bytes is the whole batch's.
+
+    Raises:
+        ValueError, PlanMismatch, HostFailed: as `generate`.
+    """
+    if most is not None and most < 1:
+        raise ValueError(f"most: expected at least 1 row in a batch, got {most}")
+    rows = [row for prompt in prompts for row in _rows(prompt)]
+    host.agree([_digest(row) for row in rows], what="plan")
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, row in enumerate(rows):
+        lengths = (*(getattr(row, name).shape[-1] for name in _PARTS), row.prefix_tokens)
+        groups.setdefault(lengths, []).append(i)
+    answers: dict[int, Generation] = {}
+    for group in groups.values():
+        for first in range(0, len(group), most or len(group)):
+            places = group[first : first + (most or len(group))]
+            parts = {name: torch.cat([getattr(rows[i], name) for i in places]) for name in _PARTS}
+            found = generate(
+                model,
+                method,
+                host,
+                Prompt(**parts, prefix_tokens=rows[places[0]].prefix_tokens),
+                stop_tokens=stop_tokens,
+                on_token=_by_row(places, frozenset(stop_tokens), on_token) if on_token else None,
+                **options,
+            )
+            answers |= {i: found.row(at) for at, i in enumerate(places)}
+    return [answers[i] for i in range(len(rows))]
+
+
+_PARTS = ("document", "query", "suffix")
+
+
+def _rows(prompt: Prompt) -> list[Prompt]:
+    return [
+        Prompt(**{name: getattr(prompt, name)[i : i + 1] for name in _PARTS}, prefix_tokens=prompt.prefix_tokens)
+        for i in range(len(prompt.document))
+    ]
+
+
+def _by_row(places: list[int], stops: frozenset[int], on_token: Callable[[int, int, int], bool | None]) -> OnToken:
+    """Tell each row of a batch apart, and say nothing of those that have ended."""
+    ended = [False] * len(places)
+
+    def tell(number: int, ids: Tensor) -> list[bool]:
+        for at, token in enumerate(ids.tolist()):
+            if not ended[at]:
+                ended[at] = bool(on_token(places[at], number, token)) or token in stops
+        return ended
+
+    return tell
 
 
 def _digest(prompt: Prompt) -> str:
-    text = repr([ids.tolist() for ids in (prompt.document, prompt.query, prompt.suffix)])
+    text = repr([getattr(prompt, name).tolist() for name in _PARTS])
     return sha256(text.encode()).hexdigest()[:16]

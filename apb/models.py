@@ -1,14 +1,20 @@
 """Get a model and its tokenizer: a local directory, a hub name, or the small real model that the demo runs."""
 
 import os
+import socket
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
+
+from apb.adapter import check_adapter, merge_adapter
 
 __all__ = ["DEMO_MODEL", "demo_model", "load_model", "load_tokenizer"]
 
@@ -22,24 +28,36 @@ def cache_dir() -> Path:
     return Path(os.environ.get("APB_CACHE") or Path.home() / ".cache" / "apb")
 
 
-def load_model(name: str | Path, *, device: torch.device | str, dtype: torch.dtype) -> Any:
+def load_model(name: str | Path, *, device: torch.device | str, dtype: torch.dtype, adapter: Path | None = None) -> Any:
     """Load a causal language model onto one device.
+
+    Shards are read one by one, each tensor in `dtype` straight to the device; without accelerate (of the extra
+    `apb[hf]`) by way of the CPU's memory. Checkpoints in PyTorch's own format are read without running code in them.
 
     Args:
         name: a local directory in Hugging Face format, a hub id, or "SmolLM2-135M-Instruct" (fetched once).
         device: where the weights go.
         dtype: of the weights.
+        adapter: directory with a LoRA of this model in PEFT's format, to be merged into the weights.
 
     Raises:
-        ValueError: nothing loadable under that name.
+        ValueError: nothing loadable under that name, or the adapter does not fit the model.
+        ImportError: an adapter is given and peft is not installed.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import is_accelerate_available
 
+    if adapter is not None:
+        check_adapter(adapter)
+    straight = {"device_map": {"": torch.device(device)}} if is_accelerate_available() else {}
     try:
-        model = AutoModelForCausalLM.from_pretrained(_resolve(name), dtype=dtype)
-    except (OSError, ValueError) as error:
+        model = AutoModelForCausalLM.from_pretrained(_resolve(name), dtype=dtype, **straight)
+    except (OSError, ValueError, RuntimeError, UnpicklingError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
         raise ValueError(_not_found(name, error)) from error
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    return model if adapter is None else merge_adapter(model, adapter)
 
 
 def load_tokenizer(name: str | Path) -> Any:
@@ -61,11 +79,41 @@ def _not_found(name: str | Path, error: Exception) -> str:
 
 
 def _resolve(name: str | Path) -> str:
+    """Return a directory, or the id of a model on a hub that answers.
+
+    A hub that does not is left alone, since asking it takes a minute; what its cache holds still serves.
+    """
+    path = Path(name).expanduser()
     if str(name) == DEMO_MODEL:
         return str(demo_model())
-    if str(name)[:1] in "/.~" and not Path(name).expanduser().is_dir():
+    if path.is_dir():
+        return str(path)
+    if str(name)[:1] in "/.~":
         raise OSError("there is no such directory")  # else it would be looked for on the hub
-    return str(Path(name).expanduser()) if str(name)[:1] == "~" else str(name)
+    if hub_answers():
+        return str(name)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(str(name), local_files_only=True)
+    except OSError:
+        raise OSError("no such directory, the hub does not answer, and its cache has no such model") from None
+
+
+def hub_answers(timeout_s: float = 5.0) -> bool:
+    """Whether the hub's machine takes a connection; behind a proxy nobody can tell, so it is assumed."""
+    from huggingface_hub import constants, is_offline_mode
+
+    if is_offline_mode():
+        return False
+    hub = urlsplit(constants.ENDPOINT)
+    if hub.scheme in getproxies() or hub.hostname is None:
+        return True
+    try:
+        socket.create_connection((hub.hostname, hub.port or (443 if hub.scheme == "https" else 80)), timeout_s).close()
+    except OSError:
+        return False
+    return True
 
 
 def demo_model() -> Path:

@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-__all__ = ["Prompt", "build_prompt"]
+__all__ = ["Prompt", "build_prompt", "chat_frame"]
 
-_DOCUMENT, _QUERY = "<<apb-document>>", "<<apb-query>>"
+_CONTENT = "<<apb-document>><<apb-query>>"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,18 @@ class Prompt:
     query: Int[Tensor, "batch query"]
     suffix: Int[Tensor, "batch suffix"]
     prefix_tokens: int = 0
+
+
+def chat_frame(tokenizer: Any) -> tuple[str, str]:
+    """Return the text before a user's message and the text between it and the answer.
+
+    They come from the tokenizer's chat template; without one they are its BOS token, if it has any, and nothing.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return tokenizer.bos_token or "", ""
+    message = [{"role": "user", "content": _CONTENT}]
+    head, tail = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True).split(_CONTENT)
+    return head, tail
 
 
 def build_prompt(tokenizer: Any, document: str, query: str, *, answer_prefix: str = "") -> Prompt:
@@ -47,15 +59,7 @@ def build_prompt(tokenizer: Any, document: str, query: str, *, answer_prefix: st
     for name, text in (("document", document), ("query", query)):
         if not text.strip():
             raise ValueError(f"{name}: expected some text, got {text!r}")
-    head, tail = "", ""
-    if getattr(tokenizer, "chat_template", None):
-        content = f"{_DOCUMENT}{_QUERY}"
-        rendered = tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-        )
-        head, tail = rendered.split(content)
-    elif tokenizer.bos_token:
-        head = tokenizer.bos_token
+    head, tail = chat_frame(tokenizer)
 
     def ids(text: str) -> torch.Tensor:
         return torch.tensor([tokenizer(text, add_special_tokens=False).input_ids], dtype=torch.int64)

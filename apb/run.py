@@ -1,26 +1,32 @@
-"""Answer one question on the hosts that are here: find or start them, load the model on each, generate, report."""
+"""Answer questions on the hosts that are here: find or start them, load the model on each, generate, report."""
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from apb.adapter import check_adapter
 from apb.attend import Backend
-from apb.costs import HostCost
-from apb.generate import Generation, generate
+from apb.conversation import Conversation
+from apb.generate import generate_batch
+from apb.generation import Generation
 from apb.hf import model_shape, share_weights
 from apb.methods import METHODS, make_method
 from apb.models import DEMO_MODEL, demo_model, load_model, load_tokenizer
 from apb.parallel import Host, host_from_env, run_processes, run_simulated, run_threads
-from apb.plan import ContextPlan
 from apb.prompt import build_prompt
+from apb.report import HostReport, Report, gather_reports, report_host
+from apb.sampling import Sampling
+from apb.stream import TextStream
 
-__all__ = ["HostKind", "HostReport", "Job", "Report", "check_job", "run_job"]
+__all__ = ["HostKind", "HostReport", "Job", "OnText", "Report", "check_job", "run_job", "run_jobs"]
 
 HostKind = Literal["auto", "processes", "threads", "simulated"]
 OnPhase = Callable[[str, int, int], None]
+OnText = Callable[[int, str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,76 +34,74 @@ class Job:
     """What to run.
 
     `method` is a name of `apb.methods.METHODS`, with settings if need be ("star:anchor=1024"); `settings` are further
-    ones, by name. `hosts` of None is the ranks of torchrun, or one.
+    ones, by name. `hosts` of None is the ranks of torchrun, or one. `more` are further documents, each with its
+    question; `follow_ups` are further questions about the one document, on the same prefill, each of them behind the
+    document alone. `adapter` is a directory with a LoRA that is merged into the weights. An answer ends at the model's
+    stop tokens, and at any text of `stop`.
     """
 
     model: str
     document: str = field(repr=False)
     query: str
+    more: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    follow_ups: tuple[str, ...] = ()
     answer_prefix: str = ""
     method: str = "apb"
     settings: dict[str, Any] = field(default_factory=dict)
+    adapter: Path | None = None
     hosts: int | None = None
     host_kind: HostKind = "auto"
     backend: Backend = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_new_tokens: int = 32
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: tuple[str, ...] = ()
     timeout_s: float = 300.0
     keep_indices: bool = False
 
-
-@dataclass(frozen=True, kw_only=True)
-class HostReport:
-    """What one host held, computed, sent and spent.
-
-    `pairs` were scored in a layer of the prefill, summed over the query heads, the mean over the layers; `of_exact` is
-    their share of what exact attention on one host scores. `kept` are (block, document positions) that the middle
-    layer's first KV head passed on, if the job asked for them.
-    """
-
-    rank: int
-    device: str
-    cost: HostCost
-    pairs: float
-    of_exact: float
-    sent_bytes: dict[str, int]
-    prefill_bytes: int
-    messages: dict[str, int]
-    phase_ms: dict[str, float]
-    peak_bytes: int
-    kept: list[tuple[int, list[int]]] = field(repr=False)
+    @property
+    def queries(self) -> list[str]:
+        """The questions in the order of their answers."""
+        return [self.query, *(query for _, query in self.more), *self.follow_ups]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
-    """The answer and how it came about; `hosts` in rank order, `generation` as rank 0 saw it."""
+class _Answered:
+    """What one host has of a job: for each question the text, what came of it, and what this host did for it."""
 
-    answer: str
-    tokens: list[int]
-    plan: ContextPlan
-    title: str
     method: str
-    host_kind: str
     layers: int
-    wall_s: float
+    texts: list[str]
+    generations: list[Generation]
     hosts: list[HostReport]
-    generation: Generation = field(repr=False)
-
-    def as_json(self) -> dict[str, Any]:
-        """Return everything but the tensors."""
-        return asdict(replace(self, generation=None))
 
 
-def run_job(job: Job, *, on_phase: OnPhase | None = None, here: bool = False) -> Report | None:
+def run_job(
+    job: Job, *, on_phase: OnPhase | None = None, on_text: OnText | None = None, here: bool = False
+) -> Report | None:
+    """Run a job of one question; arguments and errors as `run_jobs`.
+
+    Returns:
+        Its report; under torchrun on rank 0 only, and None elsewhere.
+    """
+    reports = run_jobs(job, on_phase=on_phase, on_text=on_text, here=here)
+    return reports[0] if reports else None
+
+
+def run_jobs(
+    job: Job, *, on_phase: OnPhase | None = None, on_text: OnText | None = None, here: bool = False
+) -> list[Report]:
     """Run `job` on the ranks that torchrun started, or else on hosts started here.
 
     Args:
         job: what to run.
         on_phase: called on rank 0 with (phase, done, total), as in `generate`; picklable if hosts are spawned.
+        on_text: called on rank 0 with (question's number, piece) as the answers are written; an answer's pieces put
+            together are its text, and an empty one ends it. Picklable if hosts are spawned.
         here: start hosts in this process even under torchrun.
 
     Returns:
-        The report; under torchrun on rank 0 only, and None elsewhere.
+        A report for each question, in the order of `job.queries`; under torchrun on rank 0 only, and none elsewhere.
 
     Raises:
         ValueError: something in the job that cannot be.
@@ -111,28 +115,36 @@ def run_job(job: Job, *, on_phase: OnPhase | None = None, here: bool = False) ->
         if job.hosts not in (None, host.world_size):
             raise ValueError(f"hosts: torchrun started {host.world_size} ranks, got {job.hosts}; leave --hosts out")
         try:
-            parts = _gather_reports(host, _answer(host, job, on_phase))
+            mine = _answer(host, job, on_phase, on_text)
+            by_rank = gather_reports(host, mine.hosts)
         except Exception as error:
             host.announce(error)
             raise
         host.close()
         if host.rank != 0:
-            return None
+            return []
     else:
-        kind, parts = _start_hosts(job, on_phase)
-    answer, tokens, method, layers, generation, _ = parts[0]
-    return Report(
-        answer=answer,
-        tokens=tokens,
-        plan=generation.plan,
-        title=METHODS[job.method.partition(":")[0]].title,
-        method=method,
-        host_kind=kind,
-        layers=layers,
-        wall_s=time.perf_counter() - started,
-        hosts=[part[-1] for part in parts],
-        generation=generation,
-    )
+        kind, parts = _start_hosts(job, on_phase, on_text)
+        mine, by_rank = parts[0], [part.hosts for part in parts]
+    wall_s = time.perf_counter() - started
+    return [
+        Report(
+            query=query,
+            answer=mine.texts[i],
+            tokens=mine.generations[i].tokens[0].tolist(),
+            sound=mine.generations[i].sound,
+            further=i > 0 and bool(job.follow_ups),
+            plan=mine.generations[i].plan,
+            title=METHODS[job.method.partition(":")[0]].title,
+            method=mine.method,
+            host_kind=kind,
+            layers=mine.layers,
+            wall_s=wall_s,
+            hosts=[hosts[i] for hosts in by_rank],
+            generation=mine.generations[i],
+        )
+        for i, query in enumerate(job.queries)
+    ]
 
 
 def check_job(job: Job) -> None:
@@ -140,14 +152,24 @@ def check_job(job: Job) -> None:
 
     Raises:
         ValueError: naming what came, what was expected and the way out.
+        ImportError: an adapter is given and peft is not installed.
     """
     if not 0 < job.timeout_s <= 1e6:
         raise ValueError(f"timeout: expected seconds, more than 0 and at most 1e6, got {job.timeout_s}")
     if job.max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: expected at least 1, got {job.max_new_tokens}")
-    for name, text in (("document", job.document), ("query", job.query)):
+    documents = [("document", document) for document in (job.document, *(document for document, _ in job.more))]
+    for name, text in (*documents, *(("query", query) for query in job.queries)):
         if not text.strip():
             raise ValueError(f"{name}: expected some text, got {text!r}")
+    if job.more and job.follow_ups:
+        raise ValueError(
+            f"follow_ups: they are about one document, got {1 + len(job.more)} documents; ask them document by document"
+        )
+    if "" in job.stop:
+        raise ValueError("stop: expected some text, got ''; leave it out to end at the model's stop tokens")
+    if job.adapter is not None:
+        check_adapter(job.adapter)
     if job.hosts is not None and job.hosts < 1:
         raise ValueError(f"hosts: expected at least 1, got {job.hosts}")
     method = make_method(job.method, backend=job.backend, **job.settings)
@@ -158,7 +180,7 @@ def check_job(job: Job) -> None:
         )
 
 
-def _start_hosts(job: Job, on_phase: OnPhase | None) -> tuple[str, list[Any]]:
+def _start_hosts(job: Job, on_phase: OnPhase | None, on_text: OnText | None) -> tuple[str, list[_Answered]]:
     if job.model == DEMO_MODEL:
         demo_model()  # once, before the hosts start
     gpus, n = torch.cuda.device_count(), 1 if job.hosts is None else job.hosts
@@ -169,12 +191,12 @@ def _start_hosts(job: Job, on_phase: OnPhase | None) -> tuple[str, list[Any]]:
         kind = "threads" if n == 1 or 0 < gpus < n else "processes"
     if kind == "processes":
         backend = "nccl" if gpus >= n else "gloo"
-        parts = run_processes(n, _answer, job, on_phase, backend=backend, timeout_s=job.timeout_s)
+        parts = run_processes(n, _answer, job, on_phase, on_text, backend=backend, timeout_s=job.timeout_s)
         return f"{n} processes, {backend}", parts
     device = torch.device("cuda", 0) if gpus else torch.device("cpu")
     run = run_simulated if kind == "simulated" else run_threads
     model = _load(job, device) if n > 1 else None
-    parts = run(n, _answer, job, on_phase, model, device=device, timeout_s=job.timeout_s)
+    parts = run(n, _answer, job, on_phase, on_text, model, device=device, timeout_s=job.timeout_s)
     name = {"simulated": "simulated host", "threads": "thread"}[kind]
     return "one host in this process" if n == 1 else f"{n} {name}s on {device}", parts
 
@@ -184,60 +206,71 @@ def _load(job: Job, device: torch.device) -> Any:
 
     logging.disable_progress_bar()  # one for every host would be noise; `on_phase` says what goes on
     dtype = job.dtype if job.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
-    return load_model(job.model, device=device, dtype=getattr(torch, dtype))
+    return load_model(job.model, device=device, dtype=getattr(torch, dtype), adapter=job.adapter)
 
 
 def _answer(
-    host: Host, job: Job, on_phase: OnPhase | None = None, model: Any = None
-) -> tuple[str, list[int], str, int, Generation, HostReport]:
+    host: Host, job: Job, on_phase: OnPhase | None = None, on_text: OnText | None = None, model: Any = None
+) -> _Answered:
     """Do one host's share; the same on every host."""
     tell = on_phase if host.rank == 0 and on_phase else lambda name, done, total: None
     tell("load", 0, 0)
     with host.together("load"):
         tokenizer = load_tokenizer(job.model)
         model = _load(job, host.device) if model is None else share_weights(model)
-        prompt = build_prompt(tokenizer, job.document, job.query, answer_prefix=job.answer_prefix)
+        pairs = [(job.document, job.query), *job.more]
+        prompts = [build_prompt(tokenizer, *pair, answer_prefix=job.answer_prefix) for pair in pairs]
+        # What is asked is tokenised without the document: any document would do.
+        asked = [build_prompt(tokenizer, "-", query, answer_prefix=job.answer_prefix) for query in job.follow_ups]
         method = make_method(job.method, backend=job.backend, **job.settings)
         method = method.prepare(model_shape(model.config), host.device, model.dtype)
-    layers = model.config.num_hidden_layers
     stop = model.generation_config.eos_token_id
-    result: Generation = generate(
-        model,
-        method,
-        host,
-        prompt,
-        max_new_tokens=job.max_new_tokens,
-        stop_tokens=[] if stop is None else [stop] if isinstance(stop, int) else stop,
-        on_phase=tell,
-        keep_indices=job.keep_indices,
-        keep_layer=layers // 2,
-    )
-    tokens = result.tokens[0].tolist()
-    cuda = host.device.type == "cuda"
-    heads, n = model.config.num_attention_heads, result.plan.tokens
-    pairs = sum(result.pairs.values()) / layers
-    report = HostReport(
-        rank=host.rank,
-        device=torch.cuda.get_device_name(host.device) if cuda else "CPU",
-        cost=result.cost,
-        pairs=pairs,
-        of_exact=pairs / (heads * n * (n + 1) / 2),
-        sent_bytes=dict(result.counters.sent_bytes),
-        prefill_bytes=result.prefill_bytes,
-        messages=dict(result.counters.messages),
-        phase_ms=result.phase_ms,
-        peak_bytes=result.peak_bytes,
-        kept=[(block, where[0, 0].tolist()) for (_, block), where in result.kept.items()],
-    )
-    text = job.answer_prefix + tokenizer.decode(tokens, skip_special_tokens=True)
-    return text.strip(), tokens, repr(method), layers, result.to("cpu"), report
+    streams = [TextStream(tokenizer, stop=job.stop, head=job.answer_prefix) for _ in job.queries]
+    show = on_text if host.rank == 0 else None
 
+    def on_token(question: int, number: int, token: int) -> bool:
+        piece = streams[question].push(token)
+        if show and piece:
+            show(question, piece)
+        return streams[question].stopped
 
-def _gather_reports(host: Host, mine: tuple[Any, ...]) -> list[Any]:
-    """Bring every rank's report together, as plain data."""
-    *shared, report = mine
-    plain = report.__dict__ | {"cost": report.cost.__dict__}
-    parts = []
-    for other in host.all_gather_object(plain, what="report"):
-        parts.append((*shared, HostReport(**(other | {"cost": HostCost(**other["cost"])}))))
-    return parts
+    def finish(question: int) -> None:
+        if show:
+            if rest := streams[question].end():
+                show(question, rest)
+            show(question, "")
+
+    watches: dict[str, Any] = {
+        "on_phase": tell,
+        "keep_indices": job.keep_indices,
+        "keep_layer": model.config.num_hidden_layers // 2,
+    }
+    answering: dict[str, Any] = {
+        "max_new_tokens": job.max_new_tokens,
+        "stop_tokens": [] if stop is None else [stop] if isinstance(stop, int) else stop,
+        "sampling": job.sampling,
+    }
+    if job.follow_ups:
+        conversation, first, found = Conversation(model, method, host, **watches), prompts[0], []
+        conversation.prefill(first.document, first.query, prefix_tokens=first.prefix_tokens)
+        for question, prompt in enumerate([first, *asked]):
+            found.append(
+                conversation.ask(
+                    prompt.query,
+                    prompt.suffix,
+                    on_token=lambda number, ids, question=question: [on_token(question, number, int(ids[0]))],
+                    **answering,
+                )
+            )
+            finish(question)
+    else:
+        found = generate_batch(model, method, host, prompts, on_token=on_token, **answering, **watches)
+        for question in range(len(prompts)):
+            finish(question)
+    return _Answered(
+        method=repr(method),
+        layers=model.config.num_hidden_layers,
+        texts=[stream.text.strip() for stream in streams],
+        generations=[generation.to("cpu") for generation in found],
+        hosts=[report_host(host, model, generation) for generation in found],
+    )

@@ -4,7 +4,7 @@ A `Session` runs the model over this host's rows, keeps this host's keys and val
 caches.
 """
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from hashlib import sha256
 from typing import Any
@@ -65,6 +65,8 @@ class Session:
         self.on_layer = on_layer or (lambda done, total: None)
         self.tokens = 0
         """The next position: what has been run, on all hosts together (fewer where positions are reused)."""
+        self.document_end = 0
+        """The position after the document."""
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
         """This host's cache by layer, `[batch, kv_heads, tokens, dim]`: its blocks, and on the owner what follows."""
@@ -108,7 +110,8 @@ class Session:
             self._prefilling = True
             hidden = run_layers(self.model, ids, positions, self) if share.rows else self._keep_up(len(ids))
             self._prefilling = False
-        self.tokens = self.plan.next_position + share.query_rows
+        self.document_end = self.plan.next_position
+        self.tokens = self.document_end + share.query_rows
         return hidden
 
     @torch.inference_mode()
@@ -144,10 +147,10 @@ class Session:
         Raises:
             ValueError: a position inside the document, or one that has not been reached.
         """
-        document = self.plan.next_position
-        tokens = document if tokens is None else tokens
-        if not document <= tokens <= self.tokens:
-            raise ValueError(f"tokens: expected {document} (the document's end) to {self.tokens}, got {tokens}")
+        tokens = self.document_end if tokens is None else tokens
+        if not self.document_end <= tokens <= self.tokens:
+            span = f"{self.document_end} (the document's end) to {self.tokens}"
+            raise ValueError(f"tokens: expected {span}, got {tokens}")
         if self.host.rank == self.plan.owner:
             for cache in (self.keys, self.values):
                 for layer, held in cache.items():
@@ -158,6 +161,30 @@ class Session:
     def logits(self, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows vocab"]:
         """Apply the model's output embedding to last hidden states."""
         return self.model.get_output_embeddings()(hidden)
+
+    @classmethod
+    def join(cls, sessions: Sequence["Session"], plan: ContextPlan, host: Host) -> "Session":
+        """Bring the caches of a group's sessions together on one host, which then answers as all of them would.
+
+        Merging partial attentions is exact, so the answers are the same, without the group's messages. The sessions
+        give up their caches.
+
+        Args:
+            sessions: every host's, prefilled, all in this process and on one device.
+            plan: the same method's plan for the same document on one host.
+            host: a group of one.
+        """
+        first, owner = sessions[0], sessions[0].plan.owner
+        session = cls(first.model, first.method, plan, host)
+        session.tokens, session.document_end = first.tokens, first.document_end
+        ordered = [part for part in sessions if part.host.rank != owner] + [sessions[owner]]  # its keys go on growing
+        for layer in range(model_shape(first.model.config).layers):
+            session.keys[layer] = torch.cat([part.keys.pop(layer) for part in ordered], dim=2)
+            session.values[layer] = torch.cat([part.values.pop(layer) for part in ordered], dim=2)
+            for part in ordered:
+                for name in "kv":
+                    part._spare.pop((layer, name))
+        return session
 
     @contextmanager
     def _whole_or_broken(self) -> Generator[None]:

@@ -1,6 +1,7 @@
 """The commands as a user calls them, on a tiny model in a real directory."""
 
 import json
+import pickle
 import re
 import subprocess
 import sys
@@ -10,8 +11,10 @@ import torch
 
 from apb.cli import main
 from apb.cli.demo import hide_key
+from apb.cli.progress import ShowText
 from apb.costs import LLAMA_3_1_8B, host_cost
 from apb.methods import METHODS, make_method
+from apb.models import load_model
 from apb.plan import plan_context
 
 
@@ -79,6 +82,99 @@ def test_generate_takes_settings_in_the_methods_name(capsys, model_dir):
     assert first["method"] == second["method"] == "Star(backend='auto', anchor=7)"
 
 
+def test_several_documents_are_answered_in_their_order(capsys, model_dir, tmp_path):
+    """One question for all, or one for each; the same tokens as one by one."""
+    other = tmp_path / "other.txt"
+    other.write_text((model_dir / "document.txt").read_text()[:150])
+    run = ("--hosts", "2", "--host-kind", "threads", "--temperature", "0.8", "--top-k", "9", "--seed", "4")
+    paths = [str(model_dir / "document.txt"), str(other)]
+    queries = ["what is it ?", "what is the key ?"]
+    expected = []
+    for path, query in ((paths[0], queries[0]), (paths[1], queries[0]), (paths[1], queries[1])):
+        assert main([*generate(model_dir, *run)[:3], "--document", path, "--query", query, "--max-new-tokens", "5",
+                     "--json", *run]) == 0  # fmt: skip
+        expected += tokens(capsys)
+    assert main(generate(model_dir, "--document", paths[1], *run)) == 0
+    reports = json.loads(capsys.readouterr().out)
+    assert [report["tokens"] for report in reports] == expected[:2]
+    assert [report["document"] for report in reports] == paths
+    assert main(generate(model_dir, "--document", paths[1], "--query", queries[1], *run, "--compare-exact")) == 0
+    reports = json.loads(capsys.readouterr().out)
+    assert [report["tokens"] for report in reports[:2]] == [expected[0], expected[2]]
+    assert [report["query"] for report in reports] == queries * 2 and len(reports) == 4
+
+
+@pytest.mark.parametrize("kind", ["threads", "processes"])
+@pytest.mark.parametrize("free", [True, False])
+def test_a_follow_up_is_asked_on_the_same_prefill(capsys, model_dir, kind, free):
+    run = ["--hosts", "2", "--host-kind", kind, "--anchor", "5"]
+    run += ["--query-in", "after", "--compressor", "key-norm"] if free else []
+    assert main(generate(model_dir, *run, "--follow-up", "what is the key ?", "--follow-up", "what is it ?")) == 0
+    first, second, third = json.loads(capsys.readouterr().out)
+    assert [report["sound"] for report in (first, second, third)] == [True, free, True]
+    assert [report["further"] for report in (first, second, third)] == [False, True, True]
+    assert first["tokens"] == third["tokens"] and third["query"] == "what is it ?"
+    assert set(second["hosts"][0]["phase_ms"]) == {"query", "decode"}
+    if free:
+        arguments = generate(model_dir, *run)
+        arguments[arguments.index("--query") + 1] = "what is the key ?"
+        assert main(arguments) == 0
+        assert tokens(capsys) == [second["tokens"]]
+    assert main([a for a in generate(model_dir, *run, "--follow-up", "what is the key ?") if a != "--json"]) == 0
+    printed = capsys.readouterr().out
+    assert ("which did not read it" if free else "an approximation beyond the") in printed
+    assert "Question: what is the key ?\nAnswer: " in printed
+
+
+@pytest.mark.parametrize("kind", ["threads", "processes"])
+def test_a_streamed_answer_is_the_answer(capfd, model_dir, kind):
+    arguments = generate(model_dir, "--hosts", "2", "--host-kind", kind, "--follow-up", "what is the key ?")
+    assert main([*arguments, "--stream"]) == 0  # JSON stays clean
+    printed = capfd.readouterr()
+    answers = [report["answer"] for report in json.loads(printed.out)]
+    for answer, query in zip(answers, ("what is it ?", "what is the key ?"), strict=True):
+        assert f"Question: {query}\nAnswer: {answer}\n" in printed.err
+    plain = [argument for argument in arguments if argument != "--json"]
+    assert main([*plain, "--stream"]) == 0
+    printed = capfd.readouterr().out
+    assert printed.startswith(f"Question: what is it ?\nAnswer: {answers[0]}\nQuestion: what is the key ?\n")
+    assert printed.count("Answer:") == 2
+    assert main(plain) == 0  # no terminal, no stream: the same, but for its order
+    unstreamed = capfd.readouterr().out
+    assert unstreamed.startswith(f"Answer: {answers[0]}\n") and printed.count("APB on") == unstreamed.count("APB on")
+
+
+def test_what_shows_an_answer_survives_the_way_to_a_spawned_host(capsys):
+    show = pickle.loads(pickle.dumps(ShowText(["who ?", "why ?"])))
+    for question, piece in ((0, "the"), (0, " queen"), (0, ""), (1, ""), (1, "")):
+        show(question, piece)
+    assert capsys.readouterr().out == "Question: who ?\nAnswer: the queen\nQuestion: why ?\nAnswer: \n\n"
+
+
+def test_an_answer_ends_at_a_stop_string(capsys, model_dir):
+    run = ("--hosts", "2", "--host-kind", "threads")
+    assert main(generate(model_dir, *run)) == 0
+    (free,) = json.loads(capsys.readouterr().out)
+    words = free["answer"].split()
+    assert main(generate(model_dir, *run, "--stop", "no such text", "--stop", f" {words[2]}")) == 0
+    (report,) = json.loads(capsys.readouterr().out)
+    at = words.index(words[2]) if words.index(words[2]) > 0 else words.index(words[2], 1)
+    assert report["answer"].split() == words[:at] and report["tokens"] == free["tokens"][: at + 1]
+
+
+def test_an_adapter_changes_the_answer(capsys, model_dir, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = load_model(model_dir, device="cpu", dtype=torch.float32)
+    settings = peft.LoraConfig(r=8, lora_alpha=64, target_modules=["q_proj", "o_proj"], init_lora_weights=False)
+    peft.get_peft_model(model, settings).save_pretrained(str(tmp_path))
+    run = ("--hosts", "2", "--host-kind")
+    assert main(generate(model_dir, *run, "threads")) == 0
+    plain = tokens(capsys)
+    for kind in ("threads", "processes"):
+        assert main(generate(model_dir, *run, kind, "--adapter", str(tmp_path), "--dtype", "float32")) == 0
+        assert tokens(capsys) != plain
+
+
 def test_torchrun_ranks_are_the_hosts(capsys, model_dir):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "apb"]
     done = subprocess.run([*command, *generate(model_dir)], capture_output=True, text=True, timeout=200)
@@ -98,7 +194,8 @@ def test_doctor_says_what_runs(capsys):
     [
         (("--model", "/nowhere"), "nothing loadable at '/nowhere'"),
         (("--document", "/nowhere.txt"), "/nowhere.txt"),
-        (("--query", " "), "query: expected some text"),
+        (("--document", "-", "--document", "-"), "document: standard input can be read once"),
+        (("--document", "pyproject.toml", "--query", " "), "query: expected some text"),
         (("--hosts", "0"), "hosts: expected at least 1"),
         (("--hosts", "3", "--anchor", "1000"), "anchor: 1000 tokens reach into the second block"),
         (("--hosts", "3", "--passing", "-1"), "passing: expected an integer ≥ 0, got -1"),
@@ -107,6 +204,14 @@ def test_doctor_says_what_runs(capsys):
         (("--method", "star", "--passing", "2"), "passing: star does not know it"),
         (("--hosts", "2", "--compressor", "retaining-head"), "give its file as heads=FILE"),
         (("--max-new-tokens", "0"), "max_new_tokens: expected at least 1"),
+        (("--top-p", "0.5"), "top_p: 0.5 changes nothing at temperature 0"),
+        (("--temperature", "-1"), "temperature: expected a number ≥ 0, got -1.0"),
+        (("--stop", ""), "stop: expected some text, got ''"),
+        (("--follow-up", " "), "query: expected some text"),
+        (("--query", "another one ?"), "query: expected one for all 1 documents, or one for each, got 2"),
+        (("--document", "pyproject.toml", "--stream"), "stream: the 2 documents are answered at once"),
+        (("--document", "pyproject.toml", "--follow-up", "why ?"), "follow_ups: they are about one document, got 2"),
+        (("--adapter", "/nowhere"), "adapter: expected a directory that PEFT has written"),
     ],
 )
 def test_bad_input_is_one_line_that_says_what_was_wrong(capsys, model_dir, change, said):

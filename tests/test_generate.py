@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from apb.compress import KeyNorm
-from apb.generate import generate
+from apb.generate import generate, generate_batch
 from apb.hf import share_weights
-from apb.methods import APB, Flash
+from apb.methods import APB, Flash, Ring
 from apb.parallel import HostFailed, PlanMismatch, run_processes, run_simulated, run_threads
 from apb.prompt import Prompt, build_prompt
+from apb.sampling import Sampling
 from apb.testing import oracle
 from apb.testing.tiny import tiny_model
 
@@ -122,6 +123,62 @@ def test_a_batch_answers_as_its_items_alone(model):
         assert torch.equal(options_run(model, one, max_new_tokens=6)[0].tokens, together[row : row + 1])
 
 
+LENGTHS = [(50, 3, 2), (41, 3, 2), (50, 3, 2), (50, 4, 0), (41, 3, 2), (50, 3, 2)]
+
+
+def prompts_of(*lengths):
+    return [
+        Prompt(
+            document=draw(10 * i, document, 1),
+            query=draw(10 * i + 1, query, 1),
+            suffix=draw(10 * i + 2, suffix, 1),
+            prefix_tokens=2,
+        )
+        for i, (document, query, suffix) in enumerate(lengths)
+    ]
+
+
+def batch_run(model, prompts, method, hosts=2, **options):
+    options = {"max_new_tokens": 5} | options
+    return run_threads(hosts, lambda host: generate_batch(share_weights(model), method, host, prompts, **options))
+
+
+@pytest.mark.parametrize("most", [None, 1, 2])
+@pytest.mark.parametrize("sampling", [None, Sampling(temperature=1.0, top_k=20, seed=3)])
+@pytest.mark.parametrize("method", [APB(anchor=4, passing=3), Ring()])
+def test_prompts_of_different_lengths_answer_as_one_by_one(model, method, sampling, most):
+    prompts = prompts_of(*LENGTHS)
+    runs = batch_run(model, prompts, method, most=most, sampling=sampling)
+    alone = [batch_run(model, [prompt], method, sampling=sampling)[0][0] for prompt in prompts]
+    for results in runs:
+        for prompt, result, one in zip(prompts, results, alone, strict=True):
+            assert torch.equal(result.tokens, one.tokens)
+            assert result.plan.tokens == prompt.document.shape[1] and result.logits.shape == (1, 97)
+    assert [result.tokens.tolist() for result in runs[0]] == [result.tokens.tolist() for result in runs[1]]
+
+
+def test_a_batch_ends_each_answer_where_it_would_end_alone(model):
+    prompts = prompts_of(*LENGTHS)
+    free = [result.tokens[0].tolist() for result in batch_run(model, prompts, Ring())[0]]
+    stop, told = free[0][2], []
+    expected = [row[: row.index(stop) + 1] if stop in row else row for row in free]
+    results = batch_run(
+        model, prompts, Ring(), hosts=1, stop_tokens=[stop], on_token=lambda *told_one: told.append(told_one)
+    )[0]
+    assert [result.tokens[0].tolist() for result in results] == expected
+    assert [result.lengths for result in results] == [[len(row)] for row in expected]
+    for i, row in enumerate(expected):
+        assert [(number, token) for at, number, token in told if at == i] == list(enumerate(row))
+    ended = batch_run(model, prompts, Ring(), hosts=2, on_token=lambda i, number, token: number == i % 3)[0]
+    assert [len(result.tokens[0]) for result in ended] == [1 + i % 3 for i in range(len(prompts))]
+
+
+def test_a_batch_may_be_empty_and_its_bound_at_least_one(model):
+    assert batch_run(model, [], Ring()) == [[], []]
+    with pytest.raises(ValueError, match="most: expected at least 1 row in a batch, got 0"):
+        batch_run(model, prompts_of((20, 2, 0)), Ring(), most=0)
+
+
 def test_the_walk_can_be_watched(model):
     seen = []
     results = options_run(
@@ -143,7 +200,7 @@ def test_the_walk_can_be_watched(model):
 
 
 @pytest.mark.parametrize("kind", ["threads", "gloo"])
-@pytest.mark.parametrize("what", ["document", "method", "max_new_tokens"])
+@pytest.mark.parametrize("what", ["document", "method", "max_new_tokens", "sampling"])
 def test_hosts_that_came_with_different_questions_all_say_so(model, kind, what, tmp_path):
     def body(host):
         odd = host.rank == 1
@@ -152,7 +209,9 @@ def test_hosts_that_came_with_different_questions_all_say_so(model, kind, what, 
             prompt.document[0, 7] += 1
         method = APB(anchor=4, passing=2 if what == "method" and odd else 3)
         try:
-            answer(host, model, method, prompt, max_new_tokens=2 if what == "max_new_tokens" and odd else 3)
+            count = 2 if what == "max_new_tokens" and odd else 3
+            sampling = Sampling(temperature=1.0) if what == "sampling" and odd else None
+            answer(host, model, method, prompt, max_new_tokens=count, sampling=sampling)
         except PlanMismatch as error:
             (tmp_path / str(host.rank)).write_text(str(error))
             raise

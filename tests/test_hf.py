@@ -18,7 +18,7 @@ from apb.testing.tiny import tiny_model
 
 # Partial results travel between hosts in float32, and transformers' norms compute in it.
 CLOSE = {"atol": 2e-5, "rtol": 2e-5}
-FAMILIES = ["llama", "qwen2", "qwen3"]
+FAMILIES = ["llama", "llama3", "yi", "qwen2", "qwen2.5", "qwen3", "mistral"]
 NEW = 4
 
 
@@ -123,7 +123,7 @@ def test_one_host_is_the_model_itself(models, family, method):
             ids = torch.cat((ids, expected.argmax(dim=-1)[:, None]), dim=1)
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "mistral"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_without_a_session_the_implementation_changes_nothing(family):
     model, ids = tiny_model(family), tokens(7, 20, 2)
     padding = torch.ones_like(ids)
@@ -151,7 +151,9 @@ def test_a_retaining_head_sees_the_projections_before_rope(models, family):
             return super().score(candidates)
 
     generator = torch.Generator().manual_seed(0)
-    weights = [[torch.randn(shape, generator=generator) / 8 for _ in range(2)] for shape in ((8, 128), (2, 8))]
+    shape = model_shape(models[family].config)
+    shapes = ((8, (shape.heads + 2 * shape.kv_heads) * shape.head_dim), (shape.kv_heads, 8))
+    weights = [[torch.randn(shape, generator=generator) / 8 for _ in range(2)] for shape in shapes]
     method = APB(anchor=4, passing=3, compressor=Spy(fc1=tuple(weights[0]), fc2=tuple(weights[1])))
     plan = method.plan(tokens=40, hosts=3, query=2)
     document, query = tokens(10, 40), tokens(11, 2)

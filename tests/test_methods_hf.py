@@ -151,10 +151,11 @@ def check_against_the_oracle(model, method, tokens, hosts, *, offset=0, seed=0, 
         torch.testing.assert_close(answered, torch.stack(logits), **CLOSE)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "llama3", "yi", "qwen2", "qwen2.5", "qwen3", "mistral"])
 @pytest.mark.parametrize("method", [Star(), Star(anchor=6), APE(prefix=5), APE(), APE(temperature=1, scale=1)])
 def test_star_and_ape_equal_the_oracle(models, family, method):
-    check_against_the_oracle(models[family, 4, 2], method, 47, 3, offset=4)
+    heads = (7, 1) if family == "yi" else (4, 2)
+    check_against_the_oracle(models[family, *heads], method, 47, 3, offset=4)
 
 
 @settings(max_examples=12)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from apb.compress import Candidates, Projections, RetainingHead, load_retaining_head
+from apb.compress.retaining_head import save_retaining_head
 from apb.costs import ModelShape
 from apb.methods import APB
 from apb.testing.strategies import peaked
@@ -78,3 +79,20 @@ def test_a_checkpoint_of_another_model_or_kind(tmp_path):
     with pytest.raises(ValueError, match="layer: the checkpoint holds 2 layers, got layer 3"):
         x = torch.ones(1, 2, 6, 16)
         heads.compress(Candidates(q=x, k=x, v=x, layer=3, projections=Projections(q=x, k=x, v=x)), 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saved_heads_come_back_with_their_facts(tmp_path, dtype):
+    from safetensors import safe_open
+
+    head, path = random_heads(), tmp_path / "heads.safetensors"
+    fc1, fc2 = (torch.stack(part).to(dtype) for part in (head.fc1, head.fc2))
+    save_retaining_head(RetainingHead(fc1=tuple(fc1), fc2=tuple(fc2)), path, {"base_model": "tiny"})
+    loaded = load_retaining_head(path)
+    for part, saved in ((loaded.fc1, fc1), (loaded.fc2, fc2)):
+        assert all(torch.equal(*pair) for pair in zip(part, saved, strict=True))
+    with safe_open(path, "pt") as file:
+        assert set(file.keys()) == set(GOOD)
+        assert file.metadata()["base_model"] == "tiny"
+    with pytest.raises(ValueError, match=r"they are written as \.safetensors, got heads\.pt"):
+        save_retaining_head(head, tmp_path / "heads.pt")

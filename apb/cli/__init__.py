@@ -5,11 +5,22 @@ import os
 import sys
 from collections.abc import Sequence
 
-from apb.cli import bench, compare, demo, doctor, generate, plan
+from apb.cli import bench, compare, demo, doctor, generate, plan, train_adapter, train_heads
+from apb.cli import eval as evaluation
 
 __all__ = ["main"]
 
-_COMMANDS = {"plan": plan, "generate": generate, "compare": compare, "demo": demo, "doctor": doctor, "bench": bench}
+_COMMANDS = {
+    "plan": plan,
+    "generate": generate,
+    "compare": compare,
+    "eval": evaluation,
+    "demo": demo,
+    "doctor": doctor,
+    "bench": bench,
+    "train-adapter": train_adapter,
+    "train-heads": train_heads,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,17 +4,19 @@ import argparse
 import json
 import sys
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any, get_args
 
 from apb.attend import Backend
-from apb.cli.progress import show_phase
+from apb.cli.progress import ShowText, show_phase
 from apb.cli.table import table
 from apb.compress import TRAINING_FREE
 from apb.context import PREFILL_PHASES
 from apb.methods import METHODS
 from apb.plan import Layout, QueryIn
-from apb.run import HostKind, Job, Report, run_job
+from apb.run import HostKind, Job, Report, run_jobs
+from apb.sampling import Sampling
 
 __all__ = ["add_arguments", "add_host_arguments", "describe", "job_from", "read_text", "run", "run_and_compare"]
 
@@ -22,12 +24,25 @@ __all__ = ["add_arguments", "add_host_arguments", "describe", "job_from", "read_
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     parser.add_argument("--model", required=True, help="a local directory, a hub id, or SmolLM2-135M-Instruct")
-    parser.add_argument("--document", required=True, help="a text file; - reads standard input")
-    parser.add_argument("--query", required=True, help="the question")
+    parser.add_argument("--adapter", type=Path, help="directory of a LoRA in PEFT's format, merged into the weights")
+    parser.add_argument("--document", required=True, action="append",
+                        help="a text file; - reads standard input; several times: answered as a batch")  # fmt: skip
+    parser.add_argument("--query", required=True, action="append",
+                        help="the question: one for all documents, or one for each, in their order")  # fmt: skip
+    parser.add_argument("--follow-up", action="append", default=[], metavar="QUERY",
+                        help="a further question about the one document, on the same prefill; repeatable")  # fmt: skip
     parser.add_argument("--method", default="apb", help=f"{', '.join(METHODS)}; with settings: star:anchor=1024")
     parser.add_argument("--answer-prefix", default="", help="how the answer begins")
     parser.add_argument("--max-new-tokens", type=int, default=32)
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT",
+                        help="ends an answer, beside the model's stop tokens; repeatable")  # fmt: skip
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
+    parser.add_argument("--top-k", type=int, help="draw from so many likeliest tokens only")
+    parser.add_argument("--top-p", type=float, help="draw from the likeliest tokens of this probability together")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    parser.add_argument("--stream", action=argparse.BooleanOptionalAction, default=None,
+                        help="print an answer while it is written (default: on a terminal)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON instead")
     parser.add_argument("--compare-exact", action="store_true", help="also answer with exact attention on one host")
     add_host_arguments(parser)
@@ -54,25 +69,55 @@ def add_host_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Generate, and print the answer, what each host did, and how long each phase took."""
+    """Generate, and print the answers, what each host did, and how long each phase took."""
+    (document, query), *more = _asked(arguments)
     job = job_from(
         arguments,
         model=arguments.model,
-        document=read_text(arguments.document),
-        query=arguments.query,
+        document=document,
+        query=query,
+        more=tuple(more),
+        follow_ups=tuple(arguments.follow_up),
         method=arguments.method,
+        adapter=arguments.adapter,
         answer_prefix=arguments.answer_prefix,
         max_new_tokens=arguments.max_new_tokens,
+        stop=tuple(arguments.stop),
+        sampling=Sampling(
+            temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p, seed=arguments.seed
+        ),
         dtype=arguments.dtype,
     )
-    reports = run_and_compare(job, compare=arguments.compare_exact)
+    if arguments.stream and more:
+        raise ValueError(
+            f"stream: the {1 + len(more)} documents are answered at once, and their answers would mix; leave it out"
+        )
+    wanted = sys.stdout.isatty() and not arguments.json if arguments.stream is None else arguments.stream
+    stream = wanted and not more
+    reports = run_and_compare(job, compare=arguments.compare_exact, stream=stream, to_stderr=arguments.json)
     if not reports:
         return 0  # another rank prints
     if arguments.json:
-        print(json.dumps([report.as_json() for report in reports], indent=2))
+        named = zip(reports, cycle(arguments.document if more else arguments.document[:1]), strict=False)
+        print(json.dumps([report.as_json() | {"document": path} for report, path in named], indent=2))
     else:
-        print("\n\n".join(describe(report) for report in reports))
+        heads = cycle(f"Document: {path}\n" if more else "" for path in arguments.document)
+        texts = [describe(report, answered=stream) for report in reports]
+        print("\n" * stream + "\n\n".join(head + text for head, text in zip(heads, texts, strict=False)))
     return 0
+
+
+def _asked(arguments: argparse.Namespace) -> list[tuple[str, str]]:
+    """Pair documents and questions."""
+    paths, queries = arguments.document, arguments.query
+    if len(queries) not in (1, len(paths)):
+        raise ValueError(
+            f"query: expected one for all {len(paths)} documents, or one for each, got {len(queries)}; for further "
+            f"questions about one document give --follow-up"
+        )
+    if paths.count("-") > 1:
+        raise ValueError(f"document: standard input can be read once, got it {paths.count('-')} times; give files")
+    return list(zip(map(read_text, paths), cycle(queries), strict=False))
 
 
 def job_from(arguments: argparse.Namespace, **what: Any) -> Job:
@@ -83,26 +128,41 @@ def job_from(arguments: argparse.Namespace, **what: Any) -> Job:
     return Job(**where, settings=settings, timeout_s=arguments.timeout, **what)
 
 
-def run_and_compare(job: Job, *, compare: bool) -> list[Report]:
-    """Run the job and, if asked, the same question with exact attention on one host here."""
-    report = run_job(job, on_phase=show_phase)
-    if report is None:
-        return []
-    reports = [report]
-    if compare:
-        print("The same question with exact attention on one host", file=sys.stderr, flush=True)
+def run_and_compare(job: Job, *, compare: bool, stream: bool = False, to_stderr: bool = False) -> list[Report]:
+    """Run the job and, if asked, the same questions with exact attention on one host here.
+
+    Args:
+        job: what to run.
+        compare: whether to.
+        stream: print the answers as they are written.
+        to_stderr: there, rather than on standard output.
+    """
+
+    def show() -> ShowText | None:
+        return ShowText(job.queries, to_stderr=to_stderr) if stream else None
+
+    reports = run_jobs(job, on_phase=show_phase, on_text=show())
+    if reports and compare:
+        print("The same with exact attention on one host", file=sys.stderr, flush=True)
         exact = replace(job, method="flash", settings={}, hosts=1, host_kind="threads")
-        answer = run_job(exact, on_phase=show_phase, here=True)
-        reports += [answer] if answer else []
-    show_phase("done", 0, 0)
+        reports += run_jobs(exact, on_phase=show_phase, on_text=show(), here=True)
+    if reports:
+        show_phase("done", 0, 0)
     return reports
 
 
-def describe(report: Report) -> str:
-    """Lay out a report: the answer, what each host held, passed and computed, and the phases' times."""
+def describe(report: Report, *, answered: bool = False) -> str:
+    """Lay out a report: the answer, what each host held, passed and computed, and the phases' times.
+
+    Args:
+        report: of one question.
+        answered: leave the answer out, for it has been shown.
+    """
     plan = report.plan
-    lines = [
-        f"Answer: {report.answer}",
+    lines = [] if answered else [f"Answer: {report.answer}"]
+    if report.further:
+        return "\n".join([f"Question: {report.query}", *lines, _FURTHER[report.sound], "", _times(report)])
+    lines += [
         f"{report.title} on {report.host_kind} ({report.hosts[0].device}), "
         f"{plan.tokens} document tokens, {report.wall_s:.1f} s in all",
         report.method,
@@ -126,12 +186,21 @@ def describe(report: Report) -> str:
             )
         )
     head = ("host", "holds", "anchor rows", "receives", "passes", "pairs/layer", "of exact", "sent MB", "messages")
-    lines += ["", table(head, rows), ""]
+    return "\n".join([*lines, "", table(head, rows), "", _times(report), "* inside prefill"])
+
+
+def _times(report: Report) -> str:
+    """Lay out how long each phase took on each host."""
     phases = list(report.hosts[0].phase_ms)
     times = [(host.rank, *(f"{host.phase_ms.get(name, 0.0):,.0f}" for name in phases)) for host in report.hosts]
-    head = ("ms on host", *(f"{name}*" if name in PREFILL_PHASES else name for name in phases))
-    lines += [table(head, times), "* inside prefill"]
-    return "\n".join(lines)
+    return table(("ms on host", *(f"{name}*" if name in PREFILL_PHASES else name for name in phases)), times)
+
+
+_FURTHER = {
+    True: "On the first question's prefill, which did not read it: as exact as on a prefill of its own.",
+    False: "On the first question's prefill, which chose its caches for that one: an approximation beyond the\n"
+    "method's own. Caches for any question: --query-in after, with a compressor that reads none, such as snapkv.",
+}
 
 
 def read_text(path: str) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from apb.compress.compressor import Candidates, Compressor, Need
 from apb.costs import ModelShape
 
-__all__ = ["RetainingHead", "load_retaining_head"]
+__all__ = ["RetainingHead", "load_retaining_head", "save_retaining_head"]
 
 _KEY = "model.layers.{layer}.self_attn.{part}.weight"
 
@@ -109,6 +109,30 @@ def load_retaining_head(path: str | Path) -> RetainingHead:
                 f"[width, inputs] and [kv_heads, width], the same in every layer"
             )
     return RetainingHead(fc1=fc1, fc2=fc2)
+
+
+def save_retaining_head(heads: RetainingHead, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write retaining heads in the released checkpoints' format, which `load_retaining_head` reads.
+
+    Args:
+        heads: of any dtype; they are stored in it.
+        path: a `.safetensors` file.
+        metadata: stored in the file's header, such as the model that the heads were trained for.
+
+    Raises:
+        ValueError: a file of another kind.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"retaining heads: they are written as .safetensors, got {path.name}")
+    from safetensors.torch import save
+
+    weights = {
+        _KEY.format(layer=layer, part=part): weight.detach().cpu().contiguous()
+        for part, layers in (("fc1", heads.fc1), ("fc2", heads.fc2))
+        for layer, weight in enumerate(layers)
+    }
+    path.write_bytes(save(weights, metadata={"format": "pt", **(metadata or {})}))
 
 
 def _read(path: Path) -> Mapping[str, Tensor]:

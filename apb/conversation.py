@@ -1,0 +1,229 @@
+"""Several questions about one document: prefill it once, then ask, each question straight behind the document.
+
+The caches stay on the hosts. A question does not follow the earlier ones: the caches are taken back to the document's
+end first, so that its answer does not depend on what was asked before. Whether it is the answer of a prefill of its own
+depends on whether the prefill read the first question; every answer says so.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from hashlib import sha256
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from apb.context import Trace
+from apb.generation import Generation
+from apb.hf import model_shape
+from apb.memory import PeakMemory
+from apb.methods import Method
+from apb.parallel.host import Host
+from apb.plan import ContextPlan
+from apb.sampling import Sampling
+from apb.session import Session
+
+__all__ = ["Conversation", "OnToken", "prefill_reads_query"]
+
+OnToken = Callable[[int, Tensor], Sequence[bool] | None]
+
+
+class Conversation:
+    """One document, prefilled once over all hosts, and any number of questions about it.
+
+    Every host makes its own with the same arguments and calls the same methods in the same order.
+
+        conversation = Conversation(model, method, host)
+        conversation.prefill(document)          # or (document, query), if the method's plan wants the question
+        first = conversation.ask(query)         # a Generation
+        second = conversation.ask(other)        # from the same caches; `second.sound` says what that means
+
+    Args:
+        model: a transformers causal language model, on this host's device.
+        method: how to attend to the document.
+        host: this member of the group.
+        on_phase: called with (phase, 0, 0) as each phase starts, and with ("prefill", done, total) after each layer.
+        timed: measure the phases.
+        keep_indices: note in `kept` and `indices` what each layer chose.
+        keep_layer: note it of this layer only.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        method: Method,
+        host: Host,
+        *,
+        on_phase: Callable[[str, int, int], None] | None = None,
+        timed: bool = True,
+        keep_indices: bool = False,
+        keep_layer: int | None = None,
+    ) -> None:
+        self.model, self.method, self.host = model, method, host
+        self._told = on_phase or (lambda name, done, total: None)
+        self._new_trace = partial(
+            Trace, timed=timed, keep_indices=keep_indices, keep_layer=keep_layer, counted=True, device=host.device
+        )
+        self._session: Session | None = None
+        self._query = torch.empty(0)
+        self._hidden: Tensor | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        """Start the counts of an answer."""
+        self._trace, self._before = self._new_trace(), self.host.counters.copy()
+        self._memory, self._prefill_bytes = PeakMemory(self.host.device), 0
+
+    def prefill(
+        self,
+        document: Int[Tensor, "batch tokens"],
+        query: Int[Tensor, "batch query"] | None = None,
+        *,
+        prefix_tokens: int = 0,
+    ) -> ContextPlan:
+        """Make the plan and prefill the document.
+
+        Args:
+            document: its token ids, the same on every host.
+            query: the first question's token ids, for methods whose prefill reads it; None plans without a question.
+            prefix_tokens: how many tokens of the document the query must not precede.
+
+        Raises:
+            ValueError: an empty document, a second one, or a plan that is not possible.
+            PlanMismatch: the hosts came with different documents, methods or models.
+            HostFailed: another host failed.
+        """
+        if self._session is not None:
+            raise ValueError("prefill: this conversation has a document already; make a new one for another document")
+        if document.shape[-1] == 0:
+            raise ValueError("document: it is empty; expected at least 1 token")
+        query = document[:, :0] if query is None else query
+        host, trace = self.host, self._trace
+        self._told("plan", 0, 0)
+        with trace.phase("plan"), host.together("plan"):
+            shape = replace(model_shape(self.model.config), bytes_per_value=self.model.dtype.itemsize)
+            plan = self.method.plan(
+                tokens=document.shape[-1],
+                hosts=host.world_size,
+                query=query.shape[-1],
+                query_offset=prefix_tokens,
+            )
+        host.agree((plan, self.method, shape), what="plan")
+        self._memory = PeakMemory(host.device)
+        session = Session(self.model, self.method, plan, host, trace=trace, on_layer=partial(self._told, "prefill"))
+        self._told("prefill", 0, 0)
+        with trace.phase("prefill"):
+            hidden = session.prefill(document, query)
+        self._prefill_bytes = sum(host.counters.since(self._before).sent_bytes.values())
+        self._hidden = hidden[:, -1] if plan.host(host.rank).query_rows else None
+        self._query, self._session, self._shape = query, session, shape
+        return plan
+
+    def ask(
+        self,
+        query: Int[Tensor, "batch query"],
+        suffix: Int[Tensor, "batch suffix"] | None = None,
+        *,
+        max_new_tokens: int = 32,
+        stop_tokens: Sequence[int] = (),
+        sampling: Sampling | None = None,
+        on_token: OnToken | None = None,
+    ) -> Generation:
+        """Ask a question behind the document, and answer it.
+
+        Args:
+            query: its token ids, the same on every host.
+            suffix: what follows the question before the answer.
+            max_new_tokens: most tokens to generate, ≥ 1.
+            stop_tokens: a row ends at the first of these.
+            sampling: how to choose tokens; None is greedily.
+            on_token: called with (number, `[batch]` ids) of each new token; may return which rows end with it, the
+                same on every host.
+
+        Raises:
+            ValueError: an argument out of range, or nothing prefilled yet.
+            PlanMismatch: the hosts came with different questions.
+            HostFailed: another host failed.
+        """
+        session, suffix = self._session, query[:, :0] if suffix is None else suffix
+        sampling = sampling or Sampling()
+        if session is None:
+            raise ValueError("ask: nothing has been prefilled; call prefill(document) first")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
+        if query.shape[-1] == 0:
+            raise ValueError("query: it is empty; expected at least 1 token")
+        words = sha256(repr([query.tolist(), suffix.tolist()]).encode()).hexdigest()[:16]
+        self.host.agree((words, max_new_tokens, tuple(stop_tokens), sampling), what="question")
+        trace = session.trace = self._trace
+        same = torch.equal(query.cpu(), self._query.cpu())
+        self._told("query", 0, 0)
+        with trace.phase("query"):
+            if self._hidden is not None and same:  # it has run along with the prefill, and nothing else since
+                logits = session.extend(suffix) if suffix.shape[-1] else session.logits(self._hidden)
+            else:
+                session.rewind()
+                logits = session.extend(torch.cat((query, suffix), dim=-1))
+        self._hidden = None
+        self._told("decode", 0, 0)
+        with trace.phase("decode"):
+            tokens, lengths = _decode(session, logits, sampling, max_new_tokens, stop_tokens, on_token)
+        plan, rank = session.plan, self.host.rank
+        generation = Generation(
+            tokens=tokens,
+            lengths=lengths,
+            sound=same or not prefill_reads_query(self.method, plan),
+            plan=plan,
+            cost=self.method.cost(plan, rank, self._shape),
+            counters=self.host.counters.since(self._before),
+            prefill_bytes=self._prefill_bytes,
+            logits=logits,
+            pairs=trace.pairs,
+            phase_ms=trace.phase_ms,
+            peak_bytes=self._memory.bytes,
+            kept=trace.kept,
+            indices=trace.indices,
+        )
+        self._begin()
+        return generation
+
+
+def prefill_reads_query(method: Method, plan: ContextPlan) -> bool:
+    """Whether the caches depend on the plan's question: a block sees it in the anchor, or a compressor reads it."""
+    if not plan.query:
+        return False
+    embedded = plan.anchor_rows > plan.anchor and any(block.sees_anchor and block.tokens for block in plan.blocks)
+    return embedded or ("query" in method.needs and any(block.passing_tokens for block in plan.blocks))
+
+
+def _decode(
+    session: Session,
+    logits: Tensor,
+    sampling: Sampling,
+    max_new_tokens: int,
+    stop_tokens: Sequence[int],
+    on_token: OnToken | None,
+) -> tuple[Tensor, list[int]]:
+    """Choose tokens until every row has ended; return them, and how many each row has until then."""
+    host, owner = session.host, session.plan.owner
+    stops = torch.tensor(list(stop_tokens), dtype=torch.int64, device=logits.device)
+    chosen: list[Tensor] = []
+    ended = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+    lengths = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+    while True:
+        token = sampling.choose(logits, len(chosen))
+        if chosen:
+            token = torch.where(ended, chosen[-1], token)
+        # Unlike machines may round a tie apart, so the owner's choice holds for all.
+        token = host.all_gather(token, what="token").wait()[owner]
+        chosen.append(token)
+        lengths = lengths + ~ended
+        ended = ended | torch.isin(token, stops)
+        enough = on_token(len(chosen) - 1, token) if on_token else None
+        if enough is not None:
+            ended = ended | torch.tensor(list(enough), dtype=torch.bool, device=ended.device)
+        if len(chosen) == max_new_tokens or bool(ended.all()):
+            return torch.stack(chosen, dim=-1), lengths.tolist()
+        logits = session.extend(token[:, None])
