@@ -8,6 +8,10 @@ from pathlib import Path
 import torch
 
 from apb.cli.table import table
+from apb.evals import TASKS, Sources
+from apb.models import load_model, load_tokenizer
+from apb.train.adapter import AdapterTraining, train_adapter
+from apb.train.stop import stopper
 
 __all__ = ["add_arguments", "run"]
 
@@ -43,10 +47,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train, and print the curve. Under torchrun all ranks share the work."""
-    from apb.evals import TASKS, Sources
-    from apb.models import load_model, load_tokenizer
-    from apb.train.adapter import AdapterTraining, train_adapter
-
     for name, least in (("steps", 1), ("batch_tokens", 1), ("turns", 1), ("rank", 1), ("workers", 0)):
         if getattr(arguments, name) < least:
             raise ValueError(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(arguments, name)}")
@@ -77,13 +77,23 @@ def run(arguments: argparse.Namespace) -> int:
             flush=True,
         )
 
-    curve = train_adapter(
-        model, tokenizer, arguments.out, training, sources, workers=arguments.workers, on_log=log
-    )
+    with stopper(None) as stop:
+        trained = train_adapter(
+            model,
+            tokenizer,
+            arguments.out,
+            training,
+            sources,
+            base_model=Path(arguments.model).name,
+            workers=arguments.workers,
+            stop=stop,
+            on_log=log,
+        )
     if rank == 0:
-        rows = [(f"{p['step']:.0f}", f"{p['loss']:.4f}", f"{p['right']:.1%}") for p in curve[:: max(1, len(curve) // 10)]]
-        print(table(("step", "loss", "right"), rows))
-        print(f"The adapter is in {arguments.out}.")
+        shown = trained.curve[:: max(1, len(trained.curve) // 10)]
+        print(table(("step", "loss", "right"), [(p["step"], f"{p['loss']:.4f}", f"{p['right']:.1%}") for p in shown]))
+        why = f" ({trained.stopped} before step {training.steps})" if trained.stopped else ""
+        print(f"The adapter is in {arguments.out}{why}.")
     if "RANK" in os.environ:
         torch.distributed.destroy_process_group()
-    return 0
+    return {"interrupted": 130, "terminated": 143}.get(trained.stopped or "", 0)

@@ -1,7 +1,7 @@
 """Run an evaluation: every method on the same samples, batch by batch, into a store."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from apb.evals.ask import Asker
-from apb.evals.record import Record
+from apb.evals.record import Key, Record
 from apb.evals.sample import Sample, Sources
 from apb.evals.store import Store
 from apb.evals.tasks import TASKS, make_sample
@@ -17,10 +17,7 @@ from apb.hf import model_shape
 from apb.methods import Method, make_method
 from apb.models import load_model, load_tokenizer
 
-__all__ = ["FULL", "Cell", "Evaluation", "cells", "evaluate"]
-
-FULL = "flash"
-"""Full attention on one host, which every method is held against."""
+__all__ = ["Cell", "Evaluation", "Subject", "cells", "evaluate", "load_subject", "method_for"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +61,10 @@ class Cell:
     task: str
     method: str
     hosts: int
+
+    def key(self, model: str, seed: int) -> Key:
+        """Return the key of this entry's record of one sample."""
+        return model, self.method, self.hosts, self.length, self.task, seed
 
 
 def cells(setting: Evaluation) -> list[Cell]:
@@ -111,10 +112,29 @@ def method_for(text: str, *, tokens: int, hosts: int) -> Method:
     return make_method(name + colon + ",".join(parts))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """The model that is evaluated, loaded; `name` is how records know it."""
+
+    name: str
+    model: Any = field(repr=False)
+    tokenizer: Any = field(repr=False)
+
+
+def load_subject(setting: Evaluation) -> Subject:
+    """Load the model that `setting` names; errors as `load_model`."""
+    device = setting.device if setting.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = setting.dtype if setting.dtype != "auto" else "bfloat16" if device.startswith("cuda") else "float32"
+    model = load_model(setting.model, device=torch.device(device), dtype=getattr(torch, dtype), adapter=setting.adapter)
+    name = setting.model if setting.adapter is None else f"{setting.model}+{setting.adapter.name}"
+    return Subject(name=name, model=model, tokenizer=load_tokenizer(setting.model))
+
+
 def evaluate(
     setting: Evaluation,
     *,
     store: Store | None = None,
+    subject: Subject | None = None,
     on_progress: Callable[[int, int, str], None] | None = None,
 ) -> list[Record]:
     """Run what `store` does not hold yet, and return the records of this run.
@@ -122,75 +142,67 @@ def evaluate(
     Args:
         setting: what to run.
         store: where records go after each batch.
+        subject: the model, if it is loaded already.
         on_progress: called with (answers done, answers in all, what runs now) before each batch.
 
     Raises:
         ValueError: something in `setting` that cannot be; before the model is loaded where it can be known.
     """
     todo = cells(setting)
-    device = setting.device if setting.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = setting.dtype if setting.dtype != "auto" else "bfloat16" if device.startswith("cuda") else "float32"
-    tokenizer = load_tokenizer(setting.model)
-    extra: dict[str, Any] = {} if setting.adapter is None else {"adapter": setting.adapter}
-    model = load_model(setting.model, device=torch.device(device), dtype=getattr(torch, dtype), **extra)
-    asker = Asker(model, stop_tokens=_stop_tokens(model, tokenizer))
-    shape = model_shape(model.config)
-
+    subject = subject or load_subject(setting)
+    asker = Asker(subject.model, stop_tokens=_stop_tokens(subject))
+    tell = on_progress or (lambda done, total, what: None)
     first, step = setting.shard
     seeds = range(setting.seed + first, setting.seed + setting.samples, step)
-    done, total, found = 0, len(todo) * len(seeds), []
-    made: tuple[tuple[int, str], list[Sample]] | None = None
-    name = setting.model if setting.adapter is None else f"{setting.model}+{setting.adapter.name}"
+    samples: dict[int, Sample] = {}
+    drawn, found, done, total = None, [], 0, len(todo) * len(seeds)
     for cell in todo:
-        empty = Record(
-            model=name,
-            method=cell.method,
-            hosts=cell.hosts,
-            length=cell.length,
-            task=cell.task,
-            seed=0,
-            score=0.0,
-            nll=0.0,
-            prediction="",
-            references=(),
-        )
-        missing = [seed for seed in seeds if store is None or not store.done(replace(empty, seed=seed).key)]
+        if drawn != (cell.length, cell.task):
+            drawn, samples = (cell.length, cell.task), {}
+        missing = [seed for seed in seeds if store is None or not store.done(cell.key(subject.name, seed))]
         done += len(seeds) - len(missing)
-        if not missing:
-            continue
-        if made is None or made[0] != (cell.length, cell.task):
-            make = [
-                make_sample(cell.task, tokenizer, length=cell.length, seed=s, sources=setting.sources) for s in seeds
-            ]
-            made = (cell.length, cell.task), make
-        wanted = set(missing)
-        task = TASKS[cell.task]
-        for batch in _batches([sample for sample in made[1] if sample.seed in wanted], setting.batch_tokens):
-            if on_progress:
-                on_progress(done, total, f"{cell.method} on {cell.hosts}, {cell.task} at {cell.length}")
-            method = method_for(cell.method, tokens=batch[0].prompt.document.shape[1], hosts=cell.hosts)
-            method = method.prepare(shape, model.device, model.dtype)
-            answers = asker.ask(batch, method, cell.hosts, max_new_tokens=setting.max_new_tokens or task.max_new_tokens)
-            records = []
-            for sample, answer in zip(batch, answers, strict=True):
-                text = tokenizer.decode(answer.tokens, skip_special_tokens=True)
-                records.append(
-                    replace(
-                        empty,
-                        seed=sample.seed,
-                        score=task.score(text, sample.references),
-                        nll=answer.nll,
-                        prediction=text,
-                        references=sample.references,
-                    )
+        for seed in missing:
+            if seed not in samples:
+                samples[seed] = make_sample(
+                    cell.task, subject.tokenizer, length=cell.length, seed=seed, sources=setting.sources
                 )
-            found += records
+        for batch in _batches([samples[seed] for seed in missing], setting.batch_tokens):
+            tell(done, total, f"{cell.method} on {cell.hosts}, {cell.task} at {cell.length}")
+            records = _answer(asker, subject, cell, batch, setting.max_new_tokens)
             if store is not None:
                 store.add(records)
+            found += records
             done += len(records)
-    if on_progress:
-        on_progress(done, total, "done")
+    tell(done, total, "done")
     return found
+
+
+def _answer(
+    asker: Asker, subject: Subject, cell: Cell, batch: list[Sample], max_new_tokens: int | None
+) -> list[Record]:
+    """Answer one batch, and score it."""
+    task, model = TASKS[cell.task], subject.model
+    method = method_for(cell.method, tokens=batch[0].prompt.document.shape[1], hosts=cell.hosts)
+    method = method.prepare(model_shape(model.config), model.device, model.dtype)
+    answers = asker.ask(batch, method, cell.hosts, max_new_tokens=max_new_tokens or task.max_new_tokens)
+    records = []
+    for sample, answer in zip(batch, answers, strict=True):
+        text = subject.tokenizer.decode(answer.tokens, skip_special_tokens=True)
+        records.append(
+            Record(
+                model=subject.name,
+                method=cell.method,
+                hosts=cell.hosts,
+                length=cell.length,
+                task=cell.task,
+                seed=sample.seed,
+                score=task.score(text, sample.references),
+                nll=answer.nll,
+                prediction=text,
+                references=sample.references,
+            )
+        )
+    return records
 
 
 def _batches(samples: list[Sample], batch_tokens: int) -> Iterator[list[Sample]]:
@@ -205,7 +217,7 @@ def _batches(samples: list[Sample], batch_tokens: int) -> Iterator[list[Sample]]
         yield from (group[start : start + size] for start in range(0, len(group), size))
 
 
-def _stop_tokens(model: Any, tokenizer: Any) -> list[int]:
-    stop = model.generation_config.eos_token_id
-    found = {tokenizer.eos_token_id} | set(stop if isinstance(stop, list) else [stop])
+def _stop_tokens(subject: Subject) -> list[int]:
+    stop = subject.model.generation_config.eos_token_id
+    found = {subject.tokenizer.eos_token_id} | set(stop if isinstance(stop, list) else [stop])
     return sorted(found - {None})

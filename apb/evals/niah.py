@@ -1,8 +1,10 @@
 """Needles in a haystack, RULER's eight tasks (arXiv 2404.06654): find the values that the text gives to keys."""
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
+from statistics import mode
 from typing import Literal
 
 from apb.evals import haystack
@@ -79,7 +81,7 @@ class Needles(Task):
         new_key = (lambda: new_uuid(draw)) if self.key == "uuid" else (lambda: word_key(draw, desk.sources.split))
         new_value = (lambda: new_uuid(draw)) if self.kind == "uuid" else (lambda: new_number(draw))
         taken_keys: set[str] = set()
-        keys = distinct(new_key, self.keys, taken_keys)
+        keys = distinct(_of_usual_size(new_key, tokens, self._usual_size(desk)), self.keys, taken_keys)
         hidden = [(key, value) for key in keys for value in distinct(new_value, self.values, taken_values)]
         draw.shuffle(hidden)
         asked = set(draw.sample(keys, self.asked))
@@ -117,6 +119,12 @@ class Needles(Task):
             facts=facts,
         )
 
+    def _usual_size(self, desk: Desk) -> int:
+        """Return how many tokens most keys have. Keys that may be asked for have as many, so that questions batch."""
+        draw = random.Random("apb/keys")
+        keys = [new_uuid(draw) if self.key == "uuid" else word_key(draw, desk.sources.split) for _ in range(64)]
+        return mode(map(len, desk.tokens.known([" " + key for key in keys])))
+
     def _needle(self, pair: tuple[str, str]) -> str:
         return NEEDLE.format(kind=self.kind, key=pair[0], value=pair[1])
 
@@ -139,3 +147,12 @@ class Needles(Task):
     def score(self, prediction: str, references: Sequence[str]) -> float:
         """Return the fraction of the values that the prediction has."""
         return reference_fraction(prediction, references)
+
+
+def _of_usual_size(new_key: Callable[[], str], tokens: Tokens, size: int) -> Callable[[], str]:
+    def draw() -> str:
+        while len(tokens.new([" " + (key := new_key())])[0]) != size:
+            pass
+        return key
+
+    return draw

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from apb.bench import environment
 from apb.evals import Sources
+from apb.train.adapter_card import adapter_card
+from apb.train.checkpoint import write_whole
 from apb.train.dialogues import IGNORED, Dialogues
 
-__all__ = ["AdapterTraining", "train_adapter"]
+__all__ = ["AdapterTraining", "TrainedAdapter", "train_adapter"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +58,19 @@ class AdapterTraining:
     seed: int = 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainedAdapter:
+    """What came of a training.
+
+    Attributes:
+        curve: points (step, loss, right: share of the learned tokens that are predicted, seconds).
+        stopped: why it ended before its last step; None if it did not.
+    """
+
+    curve: list[dict[str, float]]
+    stopped: str | None
+
+
 def train_adapter(
     model: Any,
     tokenizer: Any,
@@ -62,56 +78,101 @@ def train_adapter(
     training: AdapterTraining,
     sources: Sources,
     *,
+    base_model: str,
     workers: int = 4,
     log_every: int = 20,
+    stop: Callable[[], str | None] = lambda: None,
     on_log: Callable[[dict[str, float]], None] | None = None,
-) -> list[dict[str, float]]:
-    """Train an adapter and write it to `out` in PEFT's format; return the curve.
+) -> TrainedAdapter:
+    """Train an adapter and write it to `out` in PEFT's format, with its facts and a model card.
 
     Under torchrun every rank draws its own batches, and the ranks' gradients are averaged.
 
     Args:
         model: a transformers causal language model on one device; it is left with the adapter in it.
-        tokenizer: its tokenizer.
+        tokenizer: its tokenizer, with a chat template.
         out: a directory.
         training: how.
-        sources: texts and words; use their "training" split.
+        sources: texts and words; of the "training" split.
+        base_model: what the model is called.
         workers: processes that write documents.
         log_every: steps between points of the curve.
-        on_log: called on rank 0 with each point: step, loss, right (share of learned tokens predicted), seconds.
+        stop: says why to end now, or None; the adapter is written all the same.
+        on_log: called on rank 0 with each point of the curve.
 
     Raises:
+        ValueError: documents longer than the model's positions, or sources of the evaluation.
         ImportError: PEFT is not installed.
     """
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
         raise ImportError("peft is needed for adapters; pip install 'apb[train]'") from None
+    positions = model.config.max_position_embeddings
+    if max(training.lengths) > positions:
+        raise ValueError(f"lengths: {max(training.lengths)} tokens, but the model has {positions} positions")
+    if sources.split != "training":
+        raise ValueError(
+            f"sources: expected the 'training' split, got {sources.split!r}; the other one is evaluated on"
+        )
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     torch.manual_seed(training.seed)  # the same initial adapter on every rank
     adapted = get_peft_model(
         model,
         LoraConfig(r=training.rank, lora_alpha=training.alpha, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
-    weights = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=training.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    adapted.peft_config["default"].base_model_name_or_path = base_model
     data = Dialogues(
-        tokenizer=tokenizer, tasks=training.tasks, lengths=training.lengths, batch_tokens=training.batch_tokens,
-        turns=training.turns, sources=sources, seed=training.seed, rank=rank, world_size=world,
-    )  # fmt: skip
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    loader = DataLoader(data, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None)
-    started, curve, sums = time.perf_counter(), [], torch.zeros(3, device=model.device)
+        tokenizer=tokenizer,
+        tasks=training.tasks,
+        lengths=training.lengths,
+        batch_tokens=training.batch_tokens,
+        turns=training.turns,
+        sources=sources,
+        seed=training.seed,
+        rank=rank,
+        world_size=world,
+    )
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are the parallelism
+    batches = DataLoader(data, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None)
+    weights = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     model.train()
-    for step, (ids, targets) in enumerate(loader):
-        spent = (time.perf_counter() - started) / 60
-        done = max(step / training.steps, spent / training.minutes if training.minutes else 0.0)
-        if world > 1:  # the slowest rank's clock counts
-            clock = torch.tensor(done, device=model.device)
-            dist.all_reduce(clock, op=dist.ReduceOp.MAX)
-            done = float(clock)
+    log = on_log if rank == 0 and on_log else lambda point: None
+    trained = _optimise(model, weights, batches, training, world, log_every, stop, log)
+    model.eval()
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        half = {name: weight.bfloat16() for name, weight in adapted.state_dict().items()}
+        adapted.save_pretrained(str(out), state_dict=half, save_embedding_layers=False)
+        facts = asdict(training) | {"base_model": base_model, "ranks": world, "environment": environment()}
+        facts |= {"stopped": trained.stopped, "curve": trained.curve}
+        write_whole(out / "training.json", lambda part: part.write_text(json.dumps(facts, indent=2) + "\n"))
+        size = (out / "adapter_model.safetensors").stat().st_size
+        write_whole(out / "README.md", lambda part: part.write_text(adapter_card(facts, size), encoding="utf-8"))
+    return trained
+
+
+def _optimise(
+    model: Any,
+    weights: Sequence[Tensor],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    training: AdapterTraining,
+    world: int,
+    log_every: int,
+    stop: Callable[[], str | None],
+    log: Callable[[dict[str, float]], None],
+) -> TrainedAdapter:
+    """Run the steps: AdamW, the rate rising at first and then falling along a cosine, gradients clipped to norm 1."""
+    optimizer = torch.optim.AdamW(weights, lr=training.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    started, curve, sums = time.perf_counter(), [], torch.zeros(3, device=model.device)
+    for step, (ids, targets) in enumerate(batches):
+        reason = stop()
+        done = step / training.steps
+        if training.minutes:
+            done = max(done, (time.perf_counter() - started) / 60 / training.minutes)
+        done = _latest(1.0 if reason else done, world, model.device)
         if done >= 1:
-            break
+            return TrainedAdapter(curve=curve, stopped=reason or ("time is up" if step < training.steps else None))
         for group in optimizer.param_groups:
             group["lr"] = training.lr * min(1.0, (step + 1) / training.warmup) * 0.5 * (1 + math.cos(math.pi * done))
         loss, right, count = _forward(model, ids.to(model.device), targets.to(model.device))
@@ -121,20 +182,22 @@ def train_adapter(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         sums += torch.stack((loss.detach(), right / count, torch.ones_like(loss)))
-        if (step + 1) % log_every == 0:
+        if (step + 1) % log_every == 0 or step + 1 == training.steps:
             mean = (sums / sums[2]).tolist()
             sums.zero_()
             seconds = time.perf_counter() - started
             curve.append({"step": step + 1, "loss": mean[0], "right": mean[1], "seconds": seconds})
-            if on_log and rank == 0:
-                on_log(curve[-1])
-    model.eval()
-    if rank == 0:
-        half = {name: weight.bfloat16() for name, weight in adapted.state_dict().items()}
-        adapted.save_pretrained(out, state_dict=half)
-        facts = asdict(training) | {"world_size": world, "curve": curve}
-        (out / "training.json").write_text(json.dumps(facts, indent=2, default=str) + "\n")
-    return curve
+            log(curve[-1])
+    raise AssertionError("batches have no end")
+
+
+def _latest(done: float, world: int, device: torch.device) -> float:
+    """Return the ranks' largest `done`, so that all of them stop at the same step."""
+    if world == 1:
+        return done
+    clock = torch.tensor(done, device=device, dtype=torch.float32)
+    dist.all_reduce(clock, op=dist.ReduceOp.MAX)
+    return float(clock)
 
 
 def _forward(model: Any, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -148,7 +211,7 @@ def _forward(model: Any, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, 
     return loss, (logits.argmax(dim=-1) == wanted).sum(), torch.tensor(len(wanted), device=ids.device)
 
 
-def _average(weights: list[Tensor], world: int) -> None:
+def _average(weights: Sequence[Tensor], world: int) -> None:
     """Average the gradients over the ranks, in one message."""
     if world == 1:
         return
