@@ -3,24 +3,36 @@
 from pathlib import Path
 from typing import Any
 
-__all__ = ["check_adapter", "merge_adapter"]
+__all__ = ["PACKAGED", "check_adapter", "merge_adapter"]
 
 
-def check_adapter(adapter: Path | str) -> None:
-    """Refuse what is no adapter before a model is loaded.
+PACKAGED = ("smollm2-135m-long",)
+"""Adapters that come with this package, by name; each has a model card in `apb/data/adapters`."""
+
+
+def check_adapter(adapter: Path | str) -> Path:
+    """Return an adapter's directory, or refuse what is none before a model is loaded.
+
+    Args:
+        adapter: a directory that PEFT has written, or a name of `PACKAGED`.
 
     Raises:
         ValueError: the directory lacks the adapter's configuration.
         ImportError: peft is not installed.
     """
-    if not (Path(adapter) / "adapter_config.json").is_file():
+    directory = Path(adapter).expanduser()
+    if not directory.is_dir() and str(adapter) in PACKAGED:
+        directory = Path(__file__).parent / "data" / "adapters" / str(adapter)
+    if not (directory / "adapter_config.json").is_file():
         raise ValueError(
-            f"adapter: expected a directory that PEFT has written, with adapter_config.json, got {str(adapter)!r}"
+            f"adapter: expected a directory that PEFT has written, with adapter_config.json, or "
+            f"{' or '.join(PACKAGED)}, got {str(adapter)!r}"
         )
     try:
         import peft  # noqa: F401
     except ImportError:
         raise ImportError("adapter: peft is needed to read it; pip install 'apb[train]'") from None
+    return directory
 
 
 def merge_adapter(model: Any, adapter: Path | str) -> Any:
@@ -28,16 +40,17 @@ def merge_adapter(model: Any, adapter: Path | str) -> Any:
 
     Args:
         model: a transformers model, in full precision or half; its weights are changed in place.
-        adapter: a directory as `PeftModel.save_pretrained` writes it.
+        adapter: a directory as `PeftModel.save_pretrained` writes it, or a name of `PACKAGED`.
 
     Raises:
         ValueError: the adapter was made for another model.
     """
     from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
 
+    directory = str(check_adapter(adapter))
     try:
-        stored = load_peft_weights(str(adapter), device="cpu")
-        wrapped = PeftModel.from_pretrained(model, str(adapter))
+        stored = load_peft_weights(directory, device="cpu")
+        wrapped = PeftModel.from_pretrained(model, directory)
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise ValueError(_misfit(model, adapter, str(error).strip().splitlines()[-1].strip())) from error
     odd = sorted(stored.keys() ^ get_peft_model_state_dict(wrapped).keys())

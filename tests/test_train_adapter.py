@@ -85,11 +85,11 @@ def test_what_is_written_is_what_was_trained(tokenizer, tmp_path):
 
 def test_training_lowers_the_loss(tokenizer, tmp_path):
     training = AdapterTraining(tasks=("vt",), lengths=(640,), steps=12, batch_tokens=640, turns=1, warmup=2, lr=1e-2)
-    model = tiny_model(vocab_size=len(tokenizer), peak=1.0)
+    model = model_of(tokenizer)
     curve = train_adapter(
         model, tokenizer, tmp_path, training, SOURCES, base_model="tiny", workers=0, log_every=3
     ).curve
-    assert curve[-1]["loss"] < 0.9 * curve[0]["loss"]
+    assert curve[-1]["loss"] < 0.97 * curve[0]["loss"]
 
 
 def test_a_stop_leaves_the_adapter(tokenizer, tmp_path):

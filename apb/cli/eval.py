@@ -16,6 +16,7 @@ from apb.adapter import check_adapter
 from apb.bench import environment
 from apb.cli.table import table
 from apb.evals.evaluate import Evaluation, evaluate, method_for
+from apb.evals.ledger import write_ledger
 from apb.evals.plots import budget_curve, dots, has_curve
 from apb.evals.record import FULL
 from apb.evals.report import Report, make_report, split_label
@@ -41,7 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     parser.add_argument("--out", required=True, type=Path, help="folder of the records; with some, the run goes on")
     parser.add_argument("--model", help="a local directory, a hub id, or SmolLM2-135M-Instruct")
-    parser.add_argument("--adapter", type=Path, help="a LoRA directory to merge into it")
+    parser.add_argument(
+        "--adapter",
+        type=Path,
+        help="a LoRA merged into the weights: a directory in PEFT's format, or smollm2-135m-long",
+    )
     parser.add_argument("--tasks", nargs="+", default=["ruler-offline"], metavar="TASK",
                         help=f"tasks, or {', '.join(SUITES)} (default: ruler-offline)")  # fmt: skip
     parser.add_argument("--length", nargs="+", default=["4K"], metavar="TOKENS", help="in all; 4K is 4096 (default)")
@@ -63,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threshold", type=float, default=50.0,
                         help="%% that full attention must score if a task counts (default: 50)")  # fmt: skip
     parser.add_argument("--report-only", action="store_true", help="run nothing; report what is in --out")
+    parser.add_argument("--ledger", type=Path, help="also put every sample's figures into this CSV file")
     parser.add_argument("--json", action="store_true", help="print the report as JSON instead")
 
 
@@ -98,6 +104,9 @@ def run(arguments: argparse.Namespace) -> int:
     noted = read_settings(arguments.out)
     report = make_report(records, labels=noted["labels"], threshold=arguments.threshold / 100)
     written = write(report, arguments.out, noted)
+    if arguments.ledger is not None:
+        write_ledger(arguments.ledger, records, run=environment(), labels=noted["labels"])
+        written.append(arguments.ledger)
     print(report.json(**noted) if arguments.json else describe(report))
     _say(f"Written: {', '.join(map(str, written))}")
     return 0

@@ -24,7 +24,11 @@ __all__ = ["add_arguments", "add_host_arguments", "describe", "job_from", "read_
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     parser.add_argument("--model", required=True, help="a local directory, a hub id, or SmolLM2-135M-Instruct")
-    parser.add_argument("--adapter", type=Path, help="directory of a LoRA in PEFT's format, merged into the weights")
+    parser.add_argument(
+        "--adapter",
+        type=Path,
+        help="a LoRA merged into the weights: a directory in PEFT's format, or smollm2-135m-long",
+    )
     parser.add_argument("--document", required=True, action="append",
                         help="a text file; - reads standard input; several times: answered as a batch")  # fmt: skip
     parser.add_argument("--query", required=True, action="append",

@@ -30,7 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     fresh, add = HeadTraining(), parser.add_argument
     add("--model", required=True, help="a local directory, a hub id, or SmolLM2-135M-Instruct")
-    add("--adapter", type=Path, help="directory of a LoRA in PEFT's format, merged into the weights")
+    add(
+        "--adapter",
+        type=Path,
+        help="a LoRA merged into the weights: a directory in PEFT's format, or smollm2-135m-long",
+    )
     add("--out", required=True, type=Path, help="directory of the heads, the curve and the state of the run")
     add("--steps", type=int, default=fresh.steps, help="one example each (default: %(default)s)")
     add("--width", type=int, default=fresh.width, help="hidden units of a head (default: %(default)s)")
