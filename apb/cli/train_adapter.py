@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from apb.cli.table import table
-from apb.evals import TASKS, Sources
+from apb.evals import TASKS, Sources, make_sample
 from apb.models import load_model, load_tokenizer
 from apb.train.adapter import AdapterTraining, train_adapter
 from apb.train.stop import stopper
@@ -67,6 +67,9 @@ def run(arguments: argparse.Namespace) -> int:
     )
     sources = Sources(haystack=arguments.haystack, split="training")
     tokenizer = load_tokenizer(arguments.model)
+    for task in training.tasks:  # what cannot be written is said before the model is loaded
+        for length in training.lengths:
+            make_sample(task, tokenizer, length=length, seed=0, sources=sources)
     model = load_model(arguments.model, device=torch.device(device), dtype=torch.float32)
 
     def log(point: dict[str, float]) -> None:
