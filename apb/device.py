@@ -1,0 +1,39 @@
+"""Choose where to run and in which precision, from what a user has said."""
+
+import torch
+
+__all__ = ["DTYPES", "pick_device", "pick_dtype"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """Return a device; "auto" is the first GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    gpus = torch.cuda.device_count()
+    if name == "auto":
+        return torch.device("cuda", 0) if gpus else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device: expected auto, cpu, cuda, or cuda:N, got {name!r}") from None
+    if device.type == "cuda" and not 0 <= (device.index or 0) < gpus:
+        found = f"{gpus} CUDA device{'s' * (gpus > 1)}" if gpus else "no CUDA device"
+        raise ValueError(f"device: got {name!r}, but PyTorch sees {found} here; leave device out, or give cpu")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return a precision; "auto" is bfloat16 on a GPU and float32 on the CPU, where bfloat16 is slow.
+
+    Raises:
+        ValueError: not one of `DTYPES`.
+    """
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if name not in DTYPES:
+        raise ValueError(f"dtype: expected auto, {', '.join(DTYPES)}, got {name!r}")
+    return DTYPES[name]
