@@ -8,7 +8,6 @@ depends on whether the prefill read the first question; every answer says so.
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from hashlib import sha256
 from typing import Any
 
 import torch
@@ -16,6 +15,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from apb.context import Trace
+from apb.decoding import OnToken, decode
+from apb.digest import digest
 from apb.generation import Generation
 from apb.hf import model_shape
 from apb.memory import PeakMemory
@@ -25,9 +26,7 @@ from apb.plan import ContextPlan
 from apb.sampling import Sampling
 from apb.session import Session
 
-__all__ = ["Conversation", "OnToken", "prefill_reads_query"]
-
-OnToken = Callable[[int, Tensor], Sequence[bool] | None]
+__all__ = ["Conversation", "prefill_reads_query"]
 
 
 class Conversation:
@@ -110,12 +109,12 @@ class Conversation:
                 query=query.shape[-1],
                 query_offset=prefix_tokens,
             )
-        host.agree((plan, self.method, shape), what="plan")
+        host.agree((plan, self.method, shape, digest(document, query)), what="plan")
         self._memory = PeakMemory(host.device)
         session = Session(self.model, self.method, plan, host, trace=trace, on_layer=partial(self._told, "prefill"))
         self._told("prefill", 0, 0)
         with trace.phase("prefill"):
-            hidden = session.prefill(document, query)
+            hidden = session.prefill(document, query, agreed=True)
         self._prefill_bytes = sum(host.counters.since(self._before).sent_bytes.values())
         self._hidden = hidden[:, -1] if plan.host(host.rank).query_rows else None
         self._query, self._session, self._shape = query, session, shape
@@ -139,44 +138,71 @@ class Conversation:
             max_new_tokens: most tokens to generate, ≥ 1.
             stop_tokens: a row ends at the first of these.
             sampling: how to choose tokens; None is greedily.
-            on_token: called with (number, `[batch]` ids) of each new token; may return which rows end with it, the
-                same on every host.
+            on_token: called with (number, `[batch]` ids) of each new token; may return which rows end with it. A row
+                ends if any host says so.
 
         Raises:
             ValueError: an argument out of range, or nothing prefilled yet.
             PlanMismatch: the hosts came with different questions.
             HostFailed: another host failed.
         """
-        session, suffix = self._session, query[:, :0] if suffix is None else suffix
+        suffix = query[:, :0] if suffix is None else suffix
         sampling = sampling or Sampling()
-        if session is None:
+        if self._session is None:
             raise ValueError("ask: nothing has been prefilled; call prefill(document) first")
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
         if query.shape[-1] == 0:
             raise ValueError("query: it is empty; expected at least 1 token")
-        words = sha256(repr([query.tolist(), suffix.tolist()]).encode()).hexdigest()[:16]
-        self.host.agree((words, max_new_tokens, tuple(stop_tokens), sampling), what="question")
-        trace = session.trace = self._trace
+        sampling.check_rows(len(query))
+        agreed = (digest(query, suffix), max_new_tokens, tuple(stop_tokens), sampling)
+        self.host.agree(agreed, what="question")
         same = torch.equal(query.cpu(), self._query.cpu())
+        logits = self._run_query(self._session, query, suffix, same=same)
+        self._told("decode", 0, 0)
+        with self._trace.phase("decode"):
+            tokens, lengths = decode(
+                self._session,
+                logits,
+                max_new_tokens=max_new_tokens,
+                stop_tokens=stop_tokens,
+                sampling=sampling,
+                on_token=on_token,
+            )
+        generation = self._generation(self._session, logits, tokens, lengths, same=same)
+        self._begin()
+        return generation
+
+    def _run_query(self, session: Session, query: Tensor, suffix: Tensor, *, same: bool) -> Tensor:
+        """Run a question straight behind the document, unless it is there already; return the logits after it.
+
+        Args:
+            session: with the document prefilled.
+            query, suffix: as in `ask`.
+            same: whether it is the question that the prefill was for.
+        """
+        session.trace = self._trace
         self._told("query", 0, 0)
-        with trace.phase("query"):
+        with self._trace.phase("query"):
             if self._hidden is not None and same:  # it has run along with the prefill, and nothing else since
                 logits = session.extend(suffix) if suffix.shape[-1] else session.logits(self._hidden)
             else:
                 session.rewind()
                 logits = session.extend(torch.cat((query, suffix), dim=-1))
         self._hidden = None
-        self._told("decode", 0, 0)
-        with trace.phase("decode"):
-            tokens, lengths = _decode(session, logits, sampling, max_new_tokens, stop_tokens, on_token)
-        plan, rank = session.plan, self.host.rank
-        generation = Generation(
+        return logits
+
+    def _generation(
+        self, session: Session, logits: Tensor, tokens: Tensor, lengths: list[int], *, same: bool
+    ) -> Generation:
+        """Put an answer together with what it took since `_begin`."""
+        plan, trace = session.plan, self._trace
+        return Generation(
             tokens=tokens,
             lengths=lengths,
             sound=same or not prefill_reads_query(self.method, plan),
             plan=plan,
-            cost=self.method.cost(plan, rank, self._shape),
+            cost=self.method.cost(plan, self.host.rank, self._shape),
             counters=self.host.counters.since(self._before),
             prefill_bytes=self._prefill_bytes,
             logits=logits,
@@ -186,8 +212,6 @@ class Conversation:
             kept=trace.kept,
             indices=trace.indices,
         )
-        self._begin()
-        return generation
 
 
 def prefill_reads_query(method: Method, plan: ContextPlan) -> bool:
@@ -196,34 +220,3 @@ def prefill_reads_query(method: Method, plan: ContextPlan) -> bool:
         return False
     embedded = plan.anchor_rows > plan.anchor and any(block.sees_anchor and block.tokens for block in plan.blocks)
     return embedded or ("query" in method.needs and any(block.passing_tokens for block in plan.blocks))
-
-
-def _decode(
-    session: Session,
-    logits: Tensor,
-    sampling: Sampling,
-    max_new_tokens: int,
-    stop_tokens: Sequence[int],
-    on_token: OnToken | None,
-) -> tuple[Tensor, list[int]]:
-    """Choose tokens until every row has ended; return them, and how many each row has until then."""
-    host, owner = session.host, session.plan.owner
-    stops = torch.tensor(list(stop_tokens), dtype=torch.int64, device=logits.device)
-    chosen: list[Tensor] = []
-    ended = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
-    lengths = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
-    while True:
-        token = sampling.choose(logits, len(chosen))
-        if chosen:
-            token = torch.where(ended, chosen[-1], token)
-        # Unlike machines may round a tie apart, so the owner's choice holds for all.
-        token = host.all_gather(token, what="token").wait()[owner]
-        chosen.append(token)
-        lengths = lengths + ~ended
-        ended = ended | torch.isin(token, stops)
-        enough = on_token(len(chosen) - 1, token) if on_token else None
-        if enough is not None:
-            ended = ended | torch.tensor(list(enough), dtype=torch.bool, device=ended.device)
-        if len(chosen) == max_new_tokens or bool(ended.all()):
-            return torch.stack(chosen, dim=-1), lengths.tolist()
-        logits = session.extend(token[:, None])

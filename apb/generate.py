@@ -3,14 +3,15 @@
 `generate` answers one prompt, or a batch of prompts of equal lengths; `generate_batch` answers prompts of any lengths.
 """
 
-from collections.abc import Callable, Sequence
-from hashlib import sha256
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from apb.conversation import Conversation, OnToken
+from apb.conversation import Conversation
+from apb.decoding import OnToken
+from apb.digest import digest
 from apb.generation import Generation
 from apb.methods import Method
 from apb.parallel.host import Host
@@ -45,8 +46,8 @@ def generate(
         max_new_tokens: most tokens to generate, ≥ 1.
         stop_tokens: a row ends at the first of these.
         sampling: how to choose tokens; None is greedily.
-        on_token: called with (number, `[batch]` ids) of each new token; may return which rows end with it, the same on
-            every host.
+        on_token: called with (number, `[batch]` ids) of each new token; may return which rows end with it. A row ends
+            if any host says so; hosts may come with different ones, or without.
         on_phase: called with (phase, 0, 0) as each phase starts, and with ("prefill", done, total) after each layer.
         timed: measure the phases.
         keep_indices: note in `kept` and `indices` what each layer chose.
@@ -62,6 +63,8 @@ def generate(
     for name in ("document", "query"):
         if getattr(prompt, name).shape[-1] == 0:
             raise ValueError(f"{name}: it is empty; expected at least 1 token")
+    if sampling is not None:
+        sampling.check_rows(len(prompt.document))
     host.agree((_digest(prompt), max_new_tokens, tuple(stop_tokens), sampling), what="plan")  # before anything runs
     conversation = Conversation(
         model, method, host, on_phase=on_phase, timed=timed, keep_indices=keep_indices, keep_layer=keep_layer
@@ -85,6 +88,7 @@ def generate_batch(
     *,
     most: int | None = None,
     stop_tokens: Sequence[int] = (),
+    sampling: Sampling | None = None,
     on_token: Callable[[int, int, int], bool | None] | None = None,
     **options: Any,
 ) -> list[Generation]:
@@ -98,8 +102,9 @@ def generate_batch(
         prompts: of one row each, or of several; the same on every host.
         most: rows in a batch at most, ≥ 1; None is no bound.
         stop_tokens: an answer ends at the first of these.
+        sampling: how to choose tokens, with one seed or one for each row, counted over all prompts; None is greedily.
         on_token: called with (row, number, id) of each new token, rows counted over all prompts; may return True to
-            end the answer with it, the same on every host.
+            end the answer with it. It ends if any host says so.
         options: as in `generate`.
 
     Returns:
@@ -111,30 +116,38 @@ def generate_batch(
     if most is not None and most < 1:
         raise ValueError(f"most: expected at least 1 row in a batch, got {most}")
     rows = [row for prompt in prompts for row in _rows(prompt)]
+    if sampling is not None:
+        sampling.check_rows(len(rows))
     host.agree([_digest(row) for row in rows], what="plan")
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for i, row in enumerate(rows):
-        lengths = (*(getattr(row, name).shape[-1] for name in _PARTS), row.prefix_tokens)
-        groups.setdefault(lengths, []).append(i)
     answers: dict[int, Generation] = {}
-    for group in groups.values():
-        for first in range(0, len(group), most or len(group)):
-            places = group[first : first + (most or len(group))]
-            parts = {name: torch.cat([getattr(rows[i], name) for i in places]) for name in _PARTS}
-            found = generate(
-                model,
-                method,
-                host,
-                Prompt(**parts, prefix_tokens=rows[places[0]].prefix_tokens),
-                stop_tokens=stop_tokens,
-                on_token=_by_row(places, frozenset(stop_tokens), on_token) if on_token else None,
-                **options,
-            )
-            answers |= {i: found.row(at) for at, i in enumerate(places)}
+    for places in _batches(rows, most or len(rows)):
+        parts = {name: torch.cat([getattr(rows[i], name) for i in places]) for name in _PARTS}
+        found = generate(
+            model,
+            method,
+            host,
+            Prompt(**parts, prefix_tokens=rows[places[0]].prefix_tokens),
+            stop_tokens=stop_tokens,
+            sampling=None if sampling is None else sampling.for_rows(places),
+            on_token=_by_row(places, frozenset(stop_tokens), on_token) if on_token else None,
+            **options,
+        )
+        answers |= {i: found.row(at) for at, i in enumerate(places)}
     return [answers[i] for i in range(len(rows))]
 
 
 _PARTS = ("document", "query", "suffix")
+
+
+def _batches(rows: Sequence[Prompt], most: int) -> Iterator[list[int]]:
+    """Put rows whose parts have equal lengths together, at most so many."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, row in enumerate(rows):
+        lengths = (*(getattr(row, name).shape[-1] for name in _PARTS), row.prefix_tokens)
+        groups.setdefault(lengths, []).append(i)
+    for group in groups.values():
+        for first in range(0, len(group), most):
+            yield group[first : first + most]
 
 
 def _rows(prompt: Prompt) -> list[Prompt]:
@@ -158,5 +171,4 @@ def _by_row(places: list[int], stops: frozenset[int], on_token: Callable[[int, i
 
 
 def _digest(prompt: Prompt) -> str:
-    text = repr([getattr(prompt, name).tolist() for name in _PARTS])
-    return sha256(text.encode()).hexdigest()[:16]
+    return digest(*(getattr(prompt, name) for name in _PARTS))

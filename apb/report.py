@@ -34,6 +34,14 @@ class HostReport:
     peak_bytes: int
     kept: list[tuple[int, list[int]]] = field(repr=False)
 
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> "HostReport":
+        """Make the report again of what `asdict` made of it, also after a way through JSON."""
+        fields: dict[str, Any] = dict(plain)
+        fields["cost"] = HostCost(**plain["cost"])
+        fields["kept"] = [(block, where) for block, where in plain["kept"]]
+        return cls(**fields)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
@@ -84,8 +92,5 @@ def report_host(host: Host, model: Any, generation: Generation) -> HostReport:
 
 def gather_reports(host: Host, mine: list[HostReport]) -> list[list[HostReport]]:
     """Bring every rank's reports together, as plain data: in rank order, one for each answer."""
-    plain = [report.__dict__ | {"cost": report.cost.__dict__} for report in mine]
-    return [
-        [HostReport(**(report | {"cost": HostCost(**report["cost"])})) for report in theirs]
-        for theirs in host.all_gather_object(plain, what="report")
-    ]
+    gathered = host.all_gather_object([asdict(report) for report in mine], what="report")
+    return [[HostReport.from_dict(plain) for plain in theirs] for theirs in gathered]

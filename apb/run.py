@@ -7,20 +7,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from apb.adapter import check_adapter
 from apb.attend import Backend
 from apb.conversation import Conversation
+from apb.device import pick_device, pick_dtype
 from apb.generate import generate_batch
 from apb.generation import Generation
 from apb.hf import model_shape, share_weights
-from apb.methods import METHODS, make_method
-from apb.models import DEMO_MODEL, demo_model, load_model, load_tokenizer
+from apb.methods import METHODS, Method, make_method
+from apb.models import DEMO_MODEL, demo_model, load_model, load_tokenizer, stop_tokens
 from apb.parallel import Host, host_from_env, run_processes, run_simulated, run_threads
-from apb.prompt import build_prompt
+from apb.prompt import Prompt, build_prompt
 from apb.report import HostReport, Report, gather_reports, report_host
 from apb.sampling import Sampling
-from apb.stream import TextStream
+from apb.stream import TextStreams
 
 __all__ = ["HostKind", "HostReport", "Job", "OnText", "Report", "check_job", "run_job", "run_jobs"]
 
@@ -193,7 +195,7 @@ def _start_hosts(job: Job, on_phase: OnPhase | None, on_text: OnText | None) -> 
         backend = "nccl" if gpus >= n else "gloo"
         parts = run_processes(n, _answer, job, on_phase, on_text, backend=backend, timeout_s=job.timeout_s)
         return f"{n} processes, {backend}", parts
-    device = torch.device("cuda", 0) if gpus else torch.device("cpu")
+    device = pick_device()
     run = run_simulated if kind == "simulated" else run_threads
     model = _load(job, device) if n > 1 else None
     parts = run(n, _answer, job, on_phase, on_text, model, device=device, timeout_s=job.timeout_s)
@@ -205,16 +207,24 @@ def _load(job: Job, device: torch.device) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # one for every host would be noise; `on_phase` says what goes on
-    dtype = job.dtype if job.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
-    return load_model(job.model, device=device, dtype=getattr(torch, dtype), adapter=job.adapter)
+    return load_model(job.model, device=device, dtype=pick_dtype(job.dtype, device), adapter=job.adapter)
 
 
-def _answer(
-    host: Host, job: Job, on_phase: OnPhase | None = None, on_text: OnText | None = None, model: Any = None
-) -> _Answered:
-    """Do one host's share; the same on every host."""
-    tell = on_phase if host.rank == 0 and on_phase else lambda name, done, total: None
-    tell("load", 0, 0)
+@dataclass(frozen=True, kw_only=True)
+class _Loaded:
+    """What one host answers with: the model, and the job's documents and questions in tokens."""
+
+    model: Any
+    tokenizer: Any
+    method: Method
+    prompts: list[Prompt]
+    """Of each document."""
+    follow_ups: list[Prompt]
+    """Only their questions and suffixes count."""
+
+
+def _prepare(host: Host, job: Job, model: Any) -> _Loaded:
+    """Load the model, or share the one that is there, and tokenise the job."""
     with host.together("load"):
         tokenizer = load_tokenizer(job.model)
         model = _load(job, host.device) if model is None else share_weights(model)
@@ -224,22 +234,19 @@ def _answer(
         asked = [build_prompt(tokenizer, "-", query, answer_prefix=job.answer_prefix) for query in job.follow_ups]
         method = make_method(job.method, backend=job.backend, **job.settings)
         method = method.prepare(model_shape(model.config), host.device, model.dtype)
-    stop = model.generation_config.eos_token_id
-    streams = [TextStream(tokenizer, stop=job.stop, head=job.answer_prefix) for _ in job.queries]
+    return _Loaded(model=model, tokenizer=tokenizer, method=method, prompts=prompts, follow_ups=asked)
+
+
+def _answer(
+    host: Host, job: Job, on_phase: OnPhase | None = None, on_text: OnText | None = None, model: Any = None
+) -> _Answered:
+    """Do one host's share; the same on every host."""
+    tell = on_phase if host.rank == 0 and on_phase else lambda name, done, total: None
+    tell("load", 0, 0)
+    loaded = _prepare(host, job, model)
+    model = loaded.model
     show = on_text if host.rank == 0 else None
-
-    def on_token(question: int, number: int, token: int) -> bool:
-        piece = streams[question].push(token)
-        if show and piece:
-            show(question, piece)
-        return streams[question].stopped
-
-    def finish(question: int) -> None:
-        if show:
-            if rest := streams[question].end():
-                show(question, rest)
-            show(question, "")
-
+    streams = TextStreams(loaded.tokenizer, len(job.queries), stop=job.stop, head=job.answer_prefix, show=show)
     watches: dict[str, Any] = {
         "on_phase": tell,
         "keep_indices": job.keep_indices,
@@ -247,30 +254,37 @@ def _answer(
     }
     answering: dict[str, Any] = {
         "max_new_tokens": job.max_new_tokens,
-        "stop_tokens": [] if stop is None else [stop] if isinstance(stop, int) else stop,
+        "stop_tokens": stop_tokens(model, loaded.tokenizer),
         "sampling": job.sampling,
     }
     if job.follow_ups:
-        conversation, first, found = Conversation(model, method, host, **watches), prompts[0], []
-        conversation.prefill(first.document, first.query, prefix_tokens=first.prefix_tokens)
-        for question, prompt in enumerate([first, *asked]):
-            found.append(
-                conversation.ask(
-                    prompt.query,
-                    prompt.suffix,
-                    on_token=lambda number, ids, question=question: [on_token(question, number, int(ids[0]))],
-                    **answering,
-                )
-            )
-            finish(question)
+        conversation = Conversation(model, loaded.method, host, **watches)
+        found = _converse(conversation, loaded, streams, answering)
     else:
-        found = generate_batch(model, method, host, prompts, on_token=on_token, **answering, **watches)
-        for question in range(len(prompts)):
-            finish(question)
+        options = answering | watches
+        found = generate_batch(model, loaded.method, host, loaded.prompts, on_token=streams.push, **options)
+        for question in range(len(found)):
+            streams.end(question)
     return _Answered(
-        method=repr(method),
+        method=repr(loaded.method),
         layers=model.config.num_hidden_layers,
-        texts=[stream.text.strip() for stream in streams],
+        texts=streams.texts,
         generations=[generation.to("cpu") for generation in found],
         hosts=[report_host(host, model, generation) for generation in found],
     )
+
+
+def _converse(
+    conversation: Conversation, loaded: _Loaded, streams: TextStreams, answering: dict[str, Any]
+) -> list[Generation]:
+    """Ask the document's question and the further ones on its prefill."""
+    (first,), found = loaded.prompts, []
+    conversation.prefill(first.document, first.query, prefix_tokens=first.prefix_tokens)
+    for question, prompt in enumerate([first, *loaded.follow_ups]):
+
+        def on_token(number: int, ids: Tensor, question: int = question) -> list[bool]:
+            return [streams.push(question, number, int(ids[0]))]
+
+        found.append(conversation.ask(prompt.query, prompt.suffix, on_token=on_token, **answering))
+        streams.end(question)
+    return found

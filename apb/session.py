@@ -6,7 +6,6 @@ caches.
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
-from hashlib import sha256
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from apb.compress.compressor import Projections
 from apb.context import Context, Trace
+from apb.digest import digest
 from apb.hf import IMPLEMENTATION, model_shape, register, run_layers
 from apb.methods import Method
 from apb.parallel.host import Host
@@ -77,13 +77,14 @@ class Session:
 
     @torch.inference_mode()
     def prefill(
-        self, document: Int[Tensor, "batch tokens"], query: Int[Tensor, "batch query"]
+        self, document: Int[Tensor, "batch tokens"], query: Int[Tensor, "batch query"], *, agreed: bool = False
     ) -> Float[Tensor, "batch rows hidden"]:
         """Run this host's rows through the model's layers and keep its blocks' keys and values.
 
         Args:
             document: the whole document's token ids; every host takes its own rows.
             query: the question's token ids, as many as the plan has; `[batch, 0]` with a query-free plan.
+            agreed: the hosts have compared plan, method and tokens already.
 
         Returns:
             The last hidden states of this host's rows (never logits).
@@ -100,8 +101,8 @@ class Session:
                 raise ValueError(
                     f"{name}: expected integer ids [batch, tokens] of one batch, got {ids.dtype} {tuple(ids.shape)}"
                 )
-        words = sha256(repr((document.tolist(), query.tolist())).encode()).hexdigest()[:16]
-        self.host.agree((self.plan, self.method, words), what="plan")
+        if not agreed:
+            self.host.agree((self.plan, self.method, digest(document, query)), what="plan")
         share = self.plan.host(self.host.rank)
         ids = self.plan.host_rows(self.host.rank, document, query).to(self.host.device)
         positions = self.plan.positions(self.host.rank)

@@ -1,18 +1,19 @@
-"""Turn tokens into text as they come, and end an answer at a stop string."""
+"""Show answers while they are written: whole characters, no white space around, and an end at a stop string."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-__all__ = ["TextStream"]
+from apb.detokenizer import Detokenizer
 
-_PART = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer writes for bytes that are no whole character (yet)
+__all__ = ["TextStream", "TextStreams"]
 
 
 class TextStream:
-    """The text of one answer, a piece at a time; the pieces put together are the whole text.
+    """The text of one answer, a piece at a time; the pieces put together are the whole, without white space around it.
 
-    A piece is held back while it may still change: while a character lacks bytes that later tokens bring, and while it
-    may be the beginning of a stop string, which is no part of the answer.
+    A piece is held back while it may still change: while a character lacks bytes that later tokens bring, while it may
+    be the beginning of a stop string, which is no part of the answer, and while it may be white space at the end. The
+    work for a token does not grow with the answer.
 
     Args:
         tokenizer: of the model.
@@ -24,44 +25,90 @@ class TextStream:
         for text in stop:
             if not text:
                 raise ValueError("stop: expected some text, got ''; leave it out to end at the model's stop tokens")
-        self.tokenizer, self.stop, self.head = tokenizer, tuple(stop), head
-        self.tokens: list[int] = []
+        self.stop = tuple(stop)
         self.stopped = False
         """Whether a stop string has come; further tokens change nothing."""
-        self._given = ""
+        self._detokenizer = Detokenizer(tokenizer)
+        self._pieces: list[str] = []
+        self._head, self._unsure = head, ""  # what precedes the first piece; what may be a stop string's beginning
+        self._space: list[str] = []
 
     @property
     def text(self) -> str:
-        """The answer so far, up to a stop string."""
-        return self._read()[0]
+        """What has been given: after `end` the whole answer, up to a stop string."""
+        return "".join(self._pieces)
 
     def push(self, token: int) -> str:
         """Add a token; return what can be shown now."""
-        if self.stopped:
-            return ""
-        self.tokens.append(token)
-        text, self.stopped = self._read()
-        if self.stopped:
-            return self._give(text)
-        text = text.rstrip(_PART)
-        held = max((_overlap(text, stop) for stop in self.stop), default=0)
-        return self._give(text[: len(text) - held])
+        return "" if self.stopped else self._take(self._detokenizer.push(token), last=False)
 
     def end(self) -> str:
         """Return what was held back: no more tokens come."""
-        return self._give(self.text)
+        return "" if self.stopped else self._take(self._detokenizer.end(), last=True)
 
-    def _read(self) -> tuple[str, bool]:
-        """Return the text up to a stop string, and whether there is one."""
-        answer = self.tokenizer.decode(self.tokens, skip_special_tokens=True)
-        found = [answer.index(stop) for stop in self.stop if stop in answer]
-        return (self.head + answer[: min(found, default=None)]).lstrip(), bool(found)
+    def _take(self, new: str, *, last: bool) -> str:
+        """Look for a stop string, and hold back what may become one."""
+        text = self._unsure + new
+        found = [text.index(stop) for stop in self.stop if stop in text]
+        self.stopped = bool(found)
+        if found or last:
+            sure = min(found, default=len(text))
+        else:
+            sure = len(text) - max((_overlap(text, stop) for stop in self.stop), default=0)
+        self._unsure = text[sure:]
+        return self._give(text[:sure])
 
     def _give(self, text: str) -> str:
-        if not text.startswith(self._given):  # the tokenizer has taken back what was shown, which stays
+        """Hold back white space at the end, and drop it at the beginning."""
+        text, self._head = self._head + text, ""
+        if not text.strip():
+            self._space.append(text)
             return ""
-        piece, self._given = text[len(self._given) :], text
+        text = "".join(self._space) + text
+        piece = text.rstrip() if self._pieces else text.strip()
+        self._space = [text[len(text.rstrip()) :]]
+        self._pieces.append(piece)
         return piece
+
+
+class TextStreams:
+    """The texts of several answers, which may be written at the same time.
+
+    Args:
+        tokenizer: of the model.
+        count: how many answers.
+        stop, head: as in `TextStream`, of each.
+        show: called with (answer's number, piece) as they are written; an empty piece ends an answer.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        count: int,
+        *,
+        stop: Sequence[str] = (),
+        head: str = "",
+        show: Callable[[int, str], None] | None = None,
+    ) -> None:
+        self._streams = [TextStream(tokenizer, stop=stop, head=head) for _ in range(count)]
+        self._show = show or (lambda answer, piece: None)
+
+    @property
+    def texts(self) -> list[str]:
+        """What has been given of each answer."""
+        return [stream.text for stream in self._streams]
+
+    def push(self, answer: int, number: int, token: int) -> bool:
+        """Add token `number` of an answer; return whether a stop string ends it. What `generate_batch` calls."""
+        if piece := self._streams[answer].push(token):
+            self._show(answer, piece)
+        return self._streams[answer].stopped
+
+    def end(self, answer: int) -> None:
+        """Say that an answer is complete."""
+        if rest := self._streams[answer].end():
+            self._show(answer, rest)
+        self._show(answer, "")
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -80,6 +80,19 @@ def test_an_answer_ends_before_its_stop_token():
     assert cut == whole[: whole.index(whole[3])]
 
 
+def test_hosts_are_waited_for_as_long_as_asked_for(monkeypatch):
+    waited, run = [], run_threads
+
+    def noted(*arguments, timeout_s, **options):
+        waited.append(timeout_s)
+        return run(*arguments, timeout_s=timeout_s, **options)
+
+    monkeypatch.setattr("apb.evals.ask.run_threads", noted)
+    for asker in (Asker(tiny_model()), Asker(tiny_model(), timeout_s=7.0)):
+        asker.ask([sample(0)], Ring(), 2, max_new_tokens=1)
+    assert waited == [600.0, 7.0]
+
+
 def test_samples_of_unequal_lengths_are_refused():
     with pytest.raises(ValueError, match="of the same lengths"):
         Asker(tiny_model()).ask([sample(0), sample(1, tokens=60)], Flash(), 1, max_new_tokens=1)

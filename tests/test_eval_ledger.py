@@ -33,6 +33,16 @@ def test_a_cell_is_replaced_whole_and_others_stay(tmp_path):
     assert [run["commit"] for run in runs] == ["def", "abc"]
 
 
+def test_a_ledger_that_cannot_be_written_stays_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "quality.csv"
+    write_ledger(path, [ONE], run=RUN)
+    before = path.read_text()
+    monkeypatch.setattr("pathlib.Path.replace", lambda *_: (_ for _ in ()).throw(OSError("no space")))
+    with pytest.raises(OSError, match="no space"):
+        write_ledger(path, [replace(ONE, seed=1)], run=RUN)
+    assert path.read_text() == before and [file.name for file in tmp_path.iterdir()] == ["quality.csv"]
+
+
 def test_damage_and_absence_are_named(tmp_path):
     path = tmp_path / "quality.csv"
     write_ledger(path, [ONE], run=RUN)

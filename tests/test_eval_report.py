@@ -46,7 +46,8 @@ def test_a_line_is_what_statistics_say():
     full, apb, _ = section.lines
     mine, theirs = of(records, method="apb"), of(records, method="flash")
     by_task = {task: [r.score for r in of(mine, task=task)] for task in ("niah", "vt")}
-    assert apb.mean == mean_interval(by_task, resamples=500)
+    assert apb.mean == mean_interval(by_task, ends=(0, 1), resamples=500)
+    assert apb.nll == mean_interval({t: [r.nll for r in of(mine, task=t)] for t in by_task}, resamples=500)
     assert apb.scores["vt"].value == sum(by_task["vt"]) / 20 and apb.samples == {"niah": 20, "vt": 20}
     assert apb.difference == paired_difference(mine, theirs, resamples=500)
     assert apb.nll_difference == paired_difference(mine, theirs, "nll", resamples=500)
@@ -74,14 +75,27 @@ def test_what_full_attention_cannot_do_is_marked_and_left_out():
     assert section.left_out == ("cwe",) and section.averaged == ("niah", "vt")
     (without,) = report(easy).sections
     for line, other in zip(section.lines, without.lines, strict=True):
-        assert (line.mean, line.difference, line.nll) == (other.mean, other.difference, other.nll)
+        assert (line.mean, line.difference) == (other.mean, other.difference)
         assert "cwe" in line.scores
+        likelihoods = {t: [r.nll for r in of(easy + hopeless, method=line.method, task=t)] for t in section.tasks}
+        assert line.nll == mean_interval(likelihoods, resamples=500) != other.nll  # of all three tasks
     assert "cwe*" in section.head()
-    assert "Left out of mean and NLL: cwe, which full attention scores below 50%." in section.notes
+    assert "Left out of mean scores: cwe, which full attention scores below 50%." in section.notes
     assert report(easy + hopeless, threshold=0.0).sections[0].left_out == ()
     (none,) = report(hopeless).sections
-    assert all(line.mean is None and line.difference is None for line in none.lines)
-    assert "There are no averages: full attention can do none of the tasks." in none.notes
+    assert all(line.mean is None and line.difference is None and line.nll for line in none.lines)
+    assert none.lines[1].nll_difference is not None
+    assert "There is no mean score: full attention can do none of the tasks." in none.notes
+    half = [r for r in easy + hopeless if r.method != "apb" or r.task != "cwe"]
+    (section,) = report(half).sections
+    assert section.lines[1].mean is not None and section.lines[1].nll is None
+
+
+def test_no_change_on_any_question_is_not_an_interval_of_no_width():
+    made = report(answers({"flash": 0.9, "apb": 0.9}))
+    difference = made.sections[0].lines[1].difference  # 40 questions
+    assert difference.value == 0 and difference.low < -0.08 and difference.high > 0.08
+    assert "[−3.7 / n, +3.7 / n]" in made.legend()
 
 
 def test_labels_name_and_order_the_lines():
@@ -182,6 +196,11 @@ def test_pictures_are_drawn_of_finished_and_unfinished_runs(tmp_path, ending):
     assert budget_curve(made, tmp_path / f"curve.{ending}").stat().st_size > 5000
     text = (tmp_path / f"curve.{ending}").read_bytes()
     assert ending == "png" or text.startswith(b"<?xml")
+
+
+def test_curves_see_settings_with_spaces(tmp_path):
+    made = report(answers({"flash": 0.9, "apb:passing = 32": 0.5, "apb: passing=64": 0.7}))
+    assert has_curve(made, "passing") and budget_curve(made, tmp_path / "a.svg").exists()
 
 
 def test_curves_need_two_budgets_of_one_unit(tmp_path):

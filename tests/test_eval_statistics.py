@@ -47,6 +47,58 @@ def test_of_95_percent_intervals_92_to_98_percent_hold_the_truth(shares):
     assert 0.92 <= held / runs <= 0.98
 
 
+def binomial(k, n, p):
+    return math.comb(n, k) * p**k * (1 - p) ** (n - k)
+
+
+@pytest.mark.parametrize("n", [20, 50])
+@pytest.mark.parametrize("p", [0.5, 0.9, 0.97, 0.99])
+def test_intervals_of_scores_hold_the_truth_near_1_and_near_0(n, p):
+    """Counted, not drawn: the chance of each number of right answers, over those whose interval holds the truth."""
+    held = {p: 0.0, 1 - p: 0.0}
+    for right in range(n + 1):
+        found = mean_interval({"t": [1.0] * right + [0.0] * (n - right)}, ends=(0, 1), resamples=2000)
+        for truth in held:
+            held[truth] += binomial(right, n, truth) * (found.low <= truth <= found.high)
+    assert min(held.values()) >= 0.94
+
+
+@pytest.mark.parametrize("n", [20, 50])
+@pytest.mark.parametrize("shares", [(0.97, 0.97), (0.9, 0.97), (1.0, 0.97), (0.97, 0.999)])
+def test_intervals_of_paired_scores_hold_the_truth_near_1(n, shares):
+    a, b = shares
+    better, worse, held, sure = a * (1 - b), b * (1 - a), 0.0, 0.0
+    for up in range(n + 1):
+        for down in range(n + 1 - up):
+            chance = math.comb(n, up) * math.comb(n - up, down) * better**up * worse**down
+            chance *= (1 - better - worse) ** (n - up - down)
+            if chance < 1e-5:
+                continue
+            ones = records([1.0] * up + [0.0] * (n - up)), records([0.0] * up + [1.0] * down + [0.0] * (n - up - down))
+            found = paired_difference(*ones, resamples=2000)
+            held += chance * (found.low <= a - b <= found.high)
+            sure += chance * found.excludes_zero
+    assert held >= 0.94
+    assert a != b or sure <= 0.05
+
+
+@pytest.mark.parametrize("tasks", [1, 5])
+@pytest.mark.parametrize("n", [20, 50, 400])
+def test_no_change_in_any_of_n_questions_is_the_rule_of_three(tasks, n):
+    found = mean_interval(dict.fromkeys(range(tasks), [0.0] * n), ends=(-1, 1))
+    exact = 1 - 0.025 ** (1 / (tasks * n))  # Clopper and Pearson's, were all questions of one task
+    assert found.value == 0 and not found.excludes_zero
+    assert found.high == pytest.approx(exact, rel=0.1) and found.low == pytest.approx(-exact, rel=0.1)
+
+
+def test_ends_hardly_widen_what_spreads():
+    random = np.random.default_rng(0)
+    for tasks, most in ((1, 1.1), (10, 1.04)):
+        values = {task: (random.random(200) < 0.8).astype(float) for task in range(tasks)}
+        alone, bounded = mean_interval(values), mean_interval(values, ends=(0, 1))
+        assert alone.high - alone.low <= bounded.high - bounded.low <= most * (alone.high - alone.low)
+
+
 def test_few_samples_of_many_tasks_do_not_narrow_the_interval():
     """Drawing n of n again would see 2/3 of the variance at n = 3, and hold the truth 89 times in 100."""
     random, held, runs = np.random.default_rng(0), 0, 400
@@ -93,10 +145,12 @@ def test_pairs_are_narrower_where_the_same_questions_are_hard():
     assert paired.excludes_zero
 
 
-def test_equal_answers_differ_by_exactly_nothing():
+def test_equal_answers_differ_by_nothing_but_may_on_other_questions():
     values = np.random.default_rng(0).random(50)
     found = paired_difference(records(values), records(values, "flash"))
-    assert (found.value, found.low, found.high) == (0, 0, 0) and not found.excludes_zero
+    assert found.value == 0 and not found.excludes_zero
+    assert found.low == pytest.approx(-3.7 / 50, rel=0.1) and found.high == pytest.approx(3.7 / 50, rel=0.1)
+    assert paired_difference(records([0.0] * 20), records([1.0] * 20)).excludes_zero  # all of twenty changed
 
 
 def test_likelihoods_differ_by_a_constant():
@@ -122,6 +176,7 @@ def test_a_likelihood_that_is_no_number_leaves_all_undefined():
     [
         (lambda: mean_interval({}), "expected at least one task"),
         (lambda: mean_interval({"a": [1.0], "vt": []}), "got none of vt"),
+        (lambda: mean_interval({"a": [1.0, 83.0]}, ends=(0, 1)), "between the ends, 0 and 1, got 83"),
         (lambda: paired_difference(records([1, 0]), records([1])), "b: .* lacks length 512, vt, seed 1"),
         (lambda: paired_difference(records([1]), records([1] * 6)), "a: .* seed 1; .* seed 2; .* seed 3 and 2 more"),
         (lambda: paired_difference(records([1]) * 2, records([1])), r"comes twice \(apb on 4, apb on 4\)"),

@@ -90,6 +90,13 @@ def test_another_setting_is_refused_by_name_and_nothing_changes(tmp_path, change
     Store(tmp_path, settings=settings).close()  # and the refused one holds no lock
 
 
+def test_records_of_earlier_samples_are_not_gone_on_with(tmp_path):
+    Store(tmp_path, settings={"model": "m"}).close()  # before the version was noted
+    with pytest.raises(ValueError, match=r"^samples_version: the records in .* were made with 1, got 2"):
+        Store(tmp_path, settings={"model": "m", "samples_version": 2})
+    Store(tmp_path, settings={"model": "m", "samples_version": 1}).close()
+
+
 def test_settings_labels_and_runs_accumulate(tmp_path):
     Store(tmp_path, settings={"model": "m"}, labels={"apb": "APB"}, run={"device": "A"}).close()
     Store(tmp_path, settings={"model": "m", "squad": "1"}, labels={"star": "Star"}, run={"device": "A"}).close()

@@ -1,7 +1,6 @@
 """Samples: exactly so many tokens, the same everywhere, and an answer that is read back out of the document."""
 
 import dataclasses
-import doctest
 import hashlib
 import json
 import os
@@ -20,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_tokenizer import ESTHER, small_tokenizer
 
-from apb.evals import OFFLINE, TASKS, Sources, lexicon, make_sample, niah, sample, scoring, variable_tracking, words
+from apb.evals import OFFLINE, TASKS, Sources, lexicon, make_sample, niah, sample, variable_tracking, words
+from apb.evals.haystack import NOISE
 from apb.models import DEMO_MODEL, cache_dir, load_tokenizer
 
 pytest.importorskip("wonderwords")
@@ -413,12 +413,6 @@ def test_one_key_is_asked_for_in_the_singular_and_several_in_the_plural():
     assert variable_tracking.ask("777", 5)[1].endswith("5 variables are assigned the value 777, they are:")
 
 
-@pytest.mark.parametrize("module", [sample, scoring, niah])
-def test_the_examples_in_the_docstrings_run(small, module):
-    results = doctest.testmod(module, extraglobs={"tokenizer": small})
-    assert results.attempted and not results.failed
-
-
 def test_official_numbers_of_new_tokens():
     new = {name: task.max_new_tokens for name, task in TASKS.items()}
     assert {new[name] for name in NIAH} == {128}
@@ -451,6 +445,66 @@ def test_when_the_words_run_out_all_of_them_stand_more_often(small, monkeypatch)
     counts = Counter(re.findall(r"\d+\. ([a-z]+)", document.rsplit("Memorize", 1)[1])).most_common()
     factor = counts[0][1] // 30
     assert factor > 1 and [times for _, times in counts[:11]] == [30 * factor] * 10 + [3 * factor]
+
+
+def hotpot(path, questions, paragraphs, answer="no"):
+    """Write questions in HotpotQA's format, each with a paragraph of its own in the evaluation's half; return those."""
+    texts = [f"Nobody knows where no. {i} lives." for i in range(4 * paragraphs)]
+    texts = [text for text in texts if lexicon.half(f"T\n{text}") == "evaluation"][:paragraphs]
+    items = [
+        {"question": question, "answer": answer, "supporting_facts": [["T", 0]], "context": [["T", [text]]]}
+        for question, text in zip(cycle_to(questions, len(texts)), texts, strict=True)
+    ]
+    path.write_text(json.dumps(items), encoding="utf-8")
+    return [f"T\n{text}" for text in texts]
+
+
+def cycle_to(values, count):
+    return [values[i % len(values)] for i in range(count)]
+
+
+def test_paragraphs_that_have_the_answer_are_distractors_too(small, tmp_path):
+    """As in RULER: nearly every paragraph has "no" in it, and the document is still made of paragraphs."""
+    texts = hotpot(tmp_path / "hotpot.json", ["Is it so?"], 120)
+    assert len(texts) == 120
+    for seed in range(5):
+        made = make_sample("qa_2", small, length=1500, seed=seed, sources=Sources(hotpotqa=tmp_path / "hotpot.json"))
+        document = text_of(small, made)
+        shown = re.findall(r"Document \d+:\n(T\n.*)", document)
+        assert NOISE not in document and len(shown) > 40
+        assert len(set(shown)) == len(shown) and set(shown[:-1]) <= set(texts)
+
+
+def test_a_question_s_own_paragraphs_stand_once_even_where_the_others_come_again(small, tmp_path):
+    texts = hotpot(tmp_path / "hotpot.json", ["Is it so?"], 3)
+    made = make_sample("qa_2", small, length=1500, seed=0, sources=Sources(hotpotqa=tmp_path / "hotpot.json"))
+    counts = Counter(re.findall(r"Document \d+:\n(T\n.*)", text_of(small, made)))
+    own = small.decode(made.prompt.document[0, round(made.depths[0] * made.prompt.document.shape[1]) :])
+    (gold,) = [text for text in texts if own.startswith("\n" + text)]
+    assert counts[gold] == 1 and all(counts[text] > 10 for text in texts if text != gold)
+
+
+def test_questions_longer_than_their_room_are_passed_over(small, tmp_path):
+    path, long = tmp_path / "hotpot.json", "Is it so, or is it " + "not " * 400 + "so?"
+    hotpot(path, [long, long, "Is it so?"], 30)
+    for seed in range(8):
+        made = make_sample("qa_2", small, length=1500, seed=seed, sources=Sources(hotpotqa=path))
+        assert asked_of(small, made).endswith("Question: Is it so?")
+    hotpot(path, [long], 30)
+    with pytest.raises(ValueError, match="question_room: qa_2 reserves 192 tokens for the question"):
+        make_sample("qa_2", small, length=1500, seed=0, sources=Sources(hotpotqa=path))
+
+
+def test_a_task_and_its_name_give_the_same_sample(small):
+    by_name, by_task, plainly = (
+        draw(task, small, length=700, seed=4)
+        for draw, task in (
+            (make_sample, "passkey"),
+            (make_sample, TASKS["passkey"]),
+            (sample.make_sample, TASKS["passkey"]),
+        )
+    )
+    assert ids_of(by_name) == ids_of(by_task) == ids_of(plainly)
 
 
 def make(tokenizer, name="niah_single_2", length=1024, **sources):

@@ -5,7 +5,8 @@ import re
 import pytest
 
 from apb.compress import KeyNorm, QueryAware, SnapKV
-from apb.methods import APB, APE, METHODS, Flash, Method, Ring, Star, Ulysses, make_method
+from apb.evals.evaluate import method_for
+from apb.methods import APB, APE, METHODS, Flash, Method, Ring, Star, Ulysses, make_method, split_method
 
 
 @pytest.mark.parametrize(
@@ -42,10 +43,40 @@ def test_settings_may_be_values_or_text_and_those_in_the_text_come_first():
     assert make_method("ring", backend="sdpa") == Ring(backend="sdpa")
 
 
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("flash", ("flash", {})),
+        ("apb:", ("apb", {})),
+        (" apb : layout = zigzag ,, heads=a/b=c.pt,", ("apb", {"layout": "zigzag", "heads": "a/b=c.pt"})),
+        ("star:anchor", ("star", {"anchor": ""})),
+    ],
+)
+def test_a_text_is_split_without_a_look_at_what_it_means(text, parts):
+    assert split_method(text) == parts
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens", "hosts", "budgets"),
+    [
+        ("apb:anchor=1/4,passing=1/8", 4096, 4, (256, 128)),
+        ("apb:anchor=1/4,passing=1/8,layout=zigzag", 4096, 4, (128, 64)),
+        ("apb: anchor = 1/4, passing = 1/8, layout = zigzag", 4096, 4, (128, 64)),
+        ("apb:anchor=1/3,passing=0/8", 100, 4, (8, 0)),
+        ("apb:anchor=1/64,passing=1/64", 100, 4, (1, 1)),  # 25/64 of a token is not nothing
+        ("apb:anchor=7,passing=1/1", 100, 4, (7, 25)),
+    ],
+)
+def test_a_fraction_is_one_of_a_block_and_never_rounds_to_nothing(text, tokens, hosts, budgets):
+    method = method_for(text, tokens=tokens, hosts=hosts)
+    assert (method.anchor, method.passing) == budgets
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_what_a_name_promises_is_what_its_method_does(name):
     method = make_method(name, backend="reference")
     assert isinstance(method, Method) and method.backend == "reference"
+    assert METHODS[name].one_host == method.one_host
     if method.one_host:
         with pytest.raises(ValueError, match=r"hosts: .* runs on one host, got 2"):
             method.plan(tokens=10, hosts=2)
@@ -68,6 +99,7 @@ def test_what_a_name_promises_is_what_its_method_does(name):
         ("star:passing=3", {}, "passing: star does not know it; it takes anchor"),
         ("ape:anchor=3", {}, "anchor: ape does not know it; it takes prefix, temperature, scale"),
         ("star:anchor=many", {}, "anchor: expected an integer, got 'many'"),
+        ("star:anchor=1,anchor=2", {}, "anchor: expected it once, got '1' and '2' in 'star:anchor=1,anchor=2'"),
         ("star:anchor", {}, "anchor: expected anchor=VALUE, got 'anchor'"),
         ("ape:temperature=warm", {}, "temperature: expected a number, got 'warm'"),
         ("ape:temperature=0", {}, "temperature: expected a number > 0, got 0.0"),

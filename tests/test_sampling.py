@@ -1,4 +1,4 @@
-"""Draws depend on seed, step and logits alone, and follow the distribution; pieces of text make the whole."""
+"""Draws depend on seed, step and logits alone, and follow the distribution."""
 
 import pytest
 import torch
@@ -6,7 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apb.sampling import Sampling
-from apb.stream import TextStream
 from apb.testing.strategies import SEEDS
 
 
@@ -82,6 +81,24 @@ def test_seeds_and_steps_differ():
     assert len({Sampling(temperature=1.0).choose(logits, step).item() for step in range(20)}) > 15
 
 
+@given(seed=SEEDS, step=st.integers(0, 500))
+def test_rows_share_one_seed_or_have_their_own(seed, step):
+    row = draw(seed, rows=1, vocab=200)
+    rows = row.expand(8, -1)
+    assert len(set(Sampling(temperature=3.0, seed=seed).choose(rows, step).tolist())) == 1
+    seeds = tuple(range(seed, seed + 8))
+    own = Sampling(temperature=3.0, seed=seeds)
+    chosen = own.choose(rows, step)
+    assert len(set(chosen.tolist())) > 1
+    assert chosen.tolist() == [Sampling(temperature=3.0, seed=s).choose(row, step).item() for s in seeds]
+    assert torch.equal(own.for_rows([6, 1]).choose(rows[:2], step), chosen[[6, 1]])
+
+
+def test_another_number_of_seeds_than_rows_is_refused():
+    with pytest.raises(ValueError, match="seed: expected one, or one for each of the 3 rows, got 2"):
+        Sampling(temperature=1.0, seed=(1, 2)).choose(draw(0), 0)
+
+
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
@@ -95,91 +112,9 @@ def test_seeds_and_steps_differ():
         ({"temperature": 1, "top_p": 1.5}, "top_p: expected a number > 0 and ≤ 1, got 1.5"),
         ({"top_p": 0.5}, "top_p: 0.5 changes nothing at temperature 0"),
         ({"top_k": 5}, "top_k: 5 changes nothing at temperature 0"),
-        ({"seed": 0.5}, "seed: expected an integer, got 0.5"),
+        ({"seed": 0.5}, "seed: expected an integer, or a tuple of one for each row, got 0.5"),
     ],
 )
 def test_settings_that_cannot_be_say_why(settings, says):
     with pytest.raises(ValueError, match=says):
         Sampling(**settings)
-
-
-@pytest.fixture(scope="module", params=["bytes", "metaspace"])
-def tokenizer(request):
-    """A byte-level tokenizer, as Llama 3 and Qwen have, and one of pieces that fall back on bytes, as Mistral has."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = ["the", "Ġqueen", "Ġ", "s", "."] if request.param == "bytes" else ["the", "▁queen", "▁", "s", "."]
-    if request.param == "bytes":
-        vocabulary = {c: i for i, c in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), *words[:2]])}
-        raw = Tokenizer(models.BPE(vocabulary, []))
-        raw.decoder = decoders.ByteLevel()
-    else:
-        pieces = [*(f"<0x{i:02X}>" for i in range(256)), *words, "<unk>"]
-        raw = Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True))
-        raw.decoder = decoders.Sequence(
-            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-        )
-    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>")
-
-
-def encode(tokenizer, text):
-    """Return the tokens of a text's bytes: none of them is a character in itself if it takes several bytes."""
-    if "<0x00>" in tokenizer.get_vocab():
-        return [tokenizer.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in text.encode()]
-    letters = {v: k for k, v in _letters().items()}
-    return [tokenizer.convert_tokens_to_ids(letters[byte]) for byte in text.encode()]
-
-
-def _letters():
-    """Return the byte that each letter of the byte-level alphabet stands for."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    return dict(zip(map(chr, plain), plain, strict=True)) | {
-        chr(256 + n): byte for n, byte in enumerate(b for b in range(256) if b not in plain)
-    }
-
-
-def stream(tokenizer, tokens, **settings):
-    text = TextStream(tokenizer, **settings)
-    pieces = [text.push(token) for token in tokens]
-    return [*pieces, text.end()], text
-
-
-@given(data=st.data())
-def test_pieces_make_the_whole_whatever_the_tokens(tokenizer, data):
-    """Special tokens, leading spaces and, with the byte-level tokenizer, bytes that are no characters included.
-
-    The other one takes characters back when a byte that fits nowhere follows, and what has been shown stays.
-    """
-    tokens = data.draw(st.lists(st.integers(0, len(tokenizer) - 1), max_size=12))
-    pieces, text = stream(tokenizer, tokens, head=data.draw(st.sampled_from(["", " The answer is"])))
-    if "<0x00>" not in tokenizer.get_vocab() or "�" not in text.text:
-        assert "".join(pieces) == text.text
-    assert text.text == (text.head + tokenizer.decode(tokens, skip_special_tokens=True)).lstrip()
-
-
-@given(text=st.text(min_size=1, max_size=8))
-def test_a_character_comes_when_its_last_byte_does(tokenizer, text):
-    if text[0].isspace() or "�" in text:
-        return
-    tokens = encode(tokenizer, text)
-    pieces, _ = stream(tokenizer, tokens)
-    assert "".join(pieces) == text and pieces[-1] == ""
-    assert not any("�" in piece for piece in pieces)
-    ends = [len(text[: i + 1].encode()) - 1 for i in range(len(text))]
-    assert [i for i, piece in enumerate(pieces) if piece] == ends
-
-
-@given(text=st.text(alphabet="ab.", max_size=12), stops=st.lists(st.text("ab.", min_size=1, max_size=3), max_size=2))
-def test_an_answer_ends_before_the_first_stop_string(tokenizer, text, stops):
-    pieces, found = stream(tokenizer, encode(tokenizer, text), stop=stops)
-    ends = [end for end in range(len(text) + 1) if any(text[:end].endswith(stop) for stop in stops)]
-    seen = text[: ends[0]] if ends else text  # no further token is read
-    cut = min((seen.index(stop) for stop in stops if stop in seen), default=len(seen))
-    assert "".join(pieces) == found.text == seen[:cut]
-    assert found.stopped == bool(ends)
-
-
-def test_an_empty_stop_string_is_refused(tokenizer):
-    with pytest.raises(ValueError, match="stop: expected some text, got ''"):
-        TextStream(tokenizer, stop=[""])

@@ -264,3 +264,13 @@ def test_the_method_is_exact_on_short_documents():
     out, trace = attend(MInference(pattern=AShape(sink=1, local=1), dense_below=201), q, k, v)
     torch.testing.assert_close(out, attention(q, k, v, torch.ones(200, 200, dtype=torch.bool).tril())[0])
     assert trace.pairs == {0: 4 * 200 * 201 // 2} and not trace.indices
+
+
+def test_an_entry_is_what_one_batch_entry_attends_to():
+    drawn = [draw_lists(seed, 200, slash=4, vertical=9) for seed in range(3)]
+    index = slash_index(*(torch.tensor(lists) for lists in zip(*drawn, strict=True)), 200)
+    for batch in range(3):
+        entry = index.entry(batch)
+        assert entry.tiles.shape[0] == entry.covered.shape[0] == 1
+        assert torch.equal(entry.mask(), index.mask()[batch : batch + 1])
+        assert torch.equal(entry.pairs(), index.pairs()[batch : batch + 1])

@@ -1,32 +1,39 @@
 """Training retaining heads: labels and loss against plain loops, what is trained is what runs, runs can be resumed."""
 
+import argparse
+import copy
+import hashlib
 import json
 import math
 import multiprocessing
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors import safe_open
+from small_tokenizer import ESTHER, small_tokenizer
 
 from apb.cli import main
 from apb.cli import train_heads as train_heads_command
 from apb.compress import Candidates, Projections, load_retaining_head
+from apb.evals import Sources
 from apb.hf import model_shape
 from apb.prompt import Prompt
 from apb.testing.tiny import tiny_model
-from apb.train.checkpoint import load_state
+from apb.train.checkpoint import check_same_run, load_state, write_whole
 from apb.train.examples import Example, GeneratedExamples
 from apb.train.heads import StackedHeads, retaining_loss
-from apb.train.labels import observe
+from apb.train.labels import Observed, observe
 from apb.train.overlap import top_overlap
 from apb.train.prefetch import prefetch
 from apb.train.report import write_report
 from apb.train.retaining_heads import train_heads
 from apb.train.settings import HeadTraining
-from apb.train.step import backward
+from apb.train.step import backward, make_optimizer, train_step
 from apb.train.text_examples import TextExamples
 
 
@@ -172,8 +179,6 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path, at):
 
 
 def test_a_run_is_not_resumed_with_other_settings(tmp_path):
-    from dataclasses import replace
-
     about = {"base_model": "one"}
     train_heads(tiny_model(), Drawn(), QUICK, tmp_path, about=about, stop=stop_at(2))
     saved = (tmp_path / "state.pt").read_bytes()
@@ -192,6 +197,122 @@ def test_a_run_is_not_resumed_with_other_settings(tmp_path):
     torch.save({"step": 3}, tmp_path / "state.pt")
     with pytest.raises(ValueError, match="it holds something else"):
         train_heads(tiny_model(), Drawn(), QUICK, tmp_path)
+
+
+def test_a_file_that_changed_under_its_name_is_noticed(tmp_path):
+    haystack = tmp_path / "text.txt"
+    haystack.write_text("One. Two. Three. Four.")
+    sources = Sources(split="training", haystack=haystack)
+    examples = GeneratedExamples(tokenizer=None, tasks=["niah_single_2"], lengths=[900], seed=5, sources=sources)
+    before = examples.facts()
+    assert before["haystack"] == "text.txt" and before["data_seed"] == "5"
+    assert before["haystack_sha256"] == hashlib.sha256(haystack.read_bytes()).hexdigest()[:12]
+    haystack.write_text("One. Two. Three. Five.")
+    with pytest.raises(ValueError, match=r"haystack_sha256: expected .*, got .*can only be resumed so"):
+        check_same_run(before, examples.facts(), tmp_path)
+    other = replace(examples, seed=6)
+    with pytest.raises(ValueError, match=r"^data_seed: expected 5, got 6"):
+        check_same_run(examples.facts(), other.facts(), tmp_path)
+
+
+def test_the_adapter_is_told_by_its_weights(tmp_path):
+    arguments = SimpleNamespace(model="some/model", adapter=tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    found = []
+    for weights in (b"one", b"two"):
+        (tmp_path / "adapter_model.safetensors").write_bytes(weights)
+        found.append(train_heads_command._about(arguments, torch.float32))
+    assert found[0]["adapter"] == found[1]["adapter"] == tmp_path.name
+    assert found[0]["adapter_sha256"] == hashlib.sha256(b"one").hexdigest()[:12] != found[1]["adapter_sha256"]
+    plain = train_heads_command._about(SimpleNamespace(model="some/model", adapter=None), torch.float32)
+    assert plain == {"base_model": "some/model", "adapter": "none", "dtype": "float32"}
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_what_is_no_number_is_not_saved(tmp_path, monkeypatch, weights):
+    """The loss of step 5, or only what step 6 leaves, is no number: the state of step 4 stays."""
+
+    def step(model, heads, optimizer, example, training, number):
+        loss = train_step(model, heads, optimizer, example, training, number)
+        if number + 1 < (6 if weights else 5):
+            return loss
+        with torch.no_grad():
+            heads.fc2[1, 0, 3] = float("inf")
+        return loss if weights else loss * float("nan")
+
+    monkeypatch.setattr("apb.train.retaining_heads.train_step", step)
+    says = "a weight became infinite or nan before step 6" if weights else "the loss became nan before step 6"
+    with pytest.raises(RuntimeError, match=says):
+        train_heads(tiny_model(), Drawn(), QUICK, tmp_path, save_every=2)
+    state = load_state(tmp_path)
+    assert state["step"] == 4 and all(weight.isfinite().all() for weight in state["heads"].values())
+    monkeypatch.undo()
+    assert train_heads(tiny_model(), Drawn(), QUICK, tmp_path).step == 9
+
+
+def test_a_file_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
+    done, fsync, move = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (done.append("fsync"), fsync(file)))
+    monkeypatch.setattr(os, "replace", lambda *names: (done.append("replace"), move(*names)))
+    write_whole(tmp_path / "file", lambda part: part.write_text("all of it"))
+    assert done == ["fsync", "replace"] and (tmp_path / "file").read_text() == "all of it"
+    with pytest.raises(RuntimeError, match="half"):
+        write_whole(tmp_path / "file", lambda part: (part.write_text("half"), raise_(RuntimeError("half"))))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "all of it"
+
+
+def raise_(error):
+    raise error
+
+
+def adamw(weights, gradients, training):
+    """Take AdamW steps by the formula, the gradients' elements clipped first; return the weights after each."""
+    found, mean, square = [weights.double()], 0.0, 0.0
+    for step, gradient in enumerate(gradients):
+        rate, (b1, b2) = training.rate(step), training.betas
+        g = gradient.double().clamp(-training.clip, training.clip)
+        mean, square = b1 * mean + (1 - b1) * g, b2 * square + (1 - b2) * g * g
+        m, v = mean / (1 - b1 ** (step + 1)), square / (1 - b2 ** (step + 1))
+        found.append(found[-1] * (1 - rate * training.weight_decay) - rate * m / (v.sqrt() + 1e-8))
+    return found[1:]
+
+
+def test_a_step_is_adamw_on_clipped_gradients(monkeypatch):
+    """Two steps: the first alone goes by the gradient's sign, whatever its size, and would hide the clip."""
+    torch.manual_seed(0)
+    training = HeadTraining(width=4, learning_rate=1e-2, warmup=3, smoothing=0.1)
+    heads = StackedHeads(model_shape(tiny_model().config), width=4)
+    optimizer = make_optimizer(heads, training)
+    seen = [Observed(features=30 * torch.randn(2, 5, 128), labels=100 * torch.randn(2, 2, 5)) for _ in range(2)]
+    start, gradients, got = copy.deepcopy(list(heads.parameters())), [], []
+    for step in range(2):
+        twin = copy.deepcopy(heads)
+        twin.zero_grad()
+        backward(twin, seen[step], training.smoothing)
+        gradients.append([weight.grad for weight in twin.parameters()])
+        monkeypatch.setattr("apb.train.step.observe", lambda *_, step=step: seen[step])
+        train_step(None, heads, optimizer, None, training, step)
+        got.append(copy.deepcopy(list(heads.parameters())))
+    for number, weight in enumerate(start):
+        sizes = torch.stack([gradient[number].abs() for gradient in gradients])
+        assert (sizes > training.clip).any() and (sizes < training.clip).any()
+        for step, wanted in enumerate(adamw(weight.detach(), [g[number] for g in gradients], training)):
+            torch.testing.assert_close(got[step][number].detach().double(), wanted, rtol=1e-5, atol=1e-7)
+        unclipped = adamw(weight.detach(), [g[number] for g in gradients], replace(training, clip=1e9))
+        assert (got[1][number].detach() - unclipped[1]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("decay", ["linear", "constant"])
+def test_the_rate_rises_and_then_falls_or_stays(decay):
+    training = HeadTraining(steps=100, warmup=20, learning_rate=1e-3, decay=decay)
+    for step, wanted in ((0, 1e-3 / 20), (9, 5e-4), (19, 1e-3), (20, 1e-3)):
+        assert training.rate(step) == pytest.approx(wanted)
+    assert training.rate(60) == pytest.approx(5e-4 if decay == "linear" else 1e-3)
+    assert training.rate(99) == pytest.approx(1e-3 / 80 if decay == "linear" else 1e-3)
+    at_once = replace(training, warmup=0)
+    assert at_once.rate(0) == 1e-3 and at_once.rate(99) == pytest.approx(1e-5 if decay == "linear" else 1e-3)
+    never = replace(training, warmup=200)
+    assert never.rate(99) == pytest.approx(5e-4)
 
 
 def test_the_report_loads_as_retaining_heads(tmp_path):
@@ -373,6 +494,17 @@ def test_the_command_trains_on_generated_pairs(capsys, model_path, tmp_path):
     assert "seed: expected 0, got 1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("haystack", [False, True])
+def test_the_default_tasks_are_of_every_kind(haystack):
+    """Heads were worst on kinds of tasks that they had not been trained on."""
+    arguments = ["--model", "m", "--out", "o", "--lengths", "4096", *(["--haystack", str(ESTHER)] if haystack else [])]
+    parser = argparse.ArgumentParser()
+    train_heads_command.add_arguments(parser)
+    examples = train_heads_command._examples(parser.parse_args(arguments), small_tokenizer())
+    wanted = ["niah_single_1", "niah_multikey_2", "vt", "cwe", "fwe"]
+    assert examples.tasks == wanted + haystack * ["niah_multikey_1", "niah_multivalue", "niah_multiquery"]
+
+
 def test_the_command_trains_on_text_and_goes_on_after_a_signal(capsys, model_path, tmp_path, monkeypatch):
     """As Ctrl-C and a scheduler's SIGTERM do: the step is finished, the state saved, the status says which."""
     arguments = command(model_path, tmp_path, "--data", str(model_path / "text.txt"), "--lengths", "200",
@@ -400,6 +532,9 @@ def test_the_command_trains_on_text_and_goes_on_after_a_signal(capsys, model_pat
     assert load_state(tmp_path)["step"] == 1
 
 
+SHORT = ["--tasks", "vt", "--lengths", "900"]
+
+
 @pytest.mark.parametrize(
     ("more", "says"),
     [
@@ -407,12 +542,14 @@ def test_the_command_trains_on_text_and_goes_on_after_a_signal(capsys, model_pat
         (["--data", "generated", "a.txt"], "data: expected 'generated' or text files, got both"),
         (["--data", "nowhere.txt"], "data: cannot read nowhere.txt"),
         (["--data", "text.txt", "--tasks", "vt"], "data: --tasks and --haystack are of generated pairs"),
-        (["--minutes", "0"], "minutes: expected more than 0, got 0.0"),
+        ([*SHORT, "--minutes", "0"], "minutes: expected more than 0, got 0.0"),
         (["--width", "0"], "width: expected an integer ≥ 1, got 0"),
-        (["--save-every", "0"], "save_every: expected at least 1 step, got 0"),
-        (["--workers", "-1"], "workers: expected 0 or more processes, got -1"),
-        (["--lengths", "9000"], "lengths: expected at most 4096, the model's positions, got 9000"),
-        (["--adapter", "nowhere"], "adapter: expected a directory that PEFT has written"),
+        ([*SHORT, "--save-every", "0"], "save_every: expected at least 1 step, got 0"),
+        ([*SHORT, "--workers", "-1"], "workers: expected 0 or more processes, got -1"),
+        (["--tasks", "vt", "--lengths", "9000"], "lengths: expected at most 4096, the model's positions, got 9000"),
+        (["--tasks", "vt,cwe", "--lengths", "900"], "length: cwe needs at least"),
+        (["--device", "cuda:99"], "device: got 'cuda:99', but PyTorch sees"),
+        ([*SHORT, "--adapter", "nowhere"], "adapter: expected a directory that PEFT has written"),
     ],
 )
 def test_the_command_refuses(capsys, model_path, tmp_path, more, says):

@@ -90,6 +90,10 @@ class SparseIndex:
         """Use an index of one batch entry and one head for all of them; no copy."""
         return self._map(lambda x: x.expand(batch, heads, *x.shape[2:]))
 
+    def entry(self, batch: int) -> "SparseIndex":
+        """Return what the query heads of one batch entry attend to."""
+        return self._map(lambda x: x[batch : batch + 1])
+
     def head(self, batch: int, head: int) -> "SparseIndex":
         """Return what one query head of one batch entry attends to."""
         return self._map(lambda x: x[batch : batch + 1, head : head + 1])

@@ -5,26 +5,25 @@ import sys
 import time
 from hashlib import sha256
 from importlib.util import find_spec
-from itertools import product
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-import torch
-
 from apb.adapter import check_adapter
 from apb.bench import environment
+from apb.cli.progress import redraw
 from apb.cli.table import table
-from apb.evals.evaluate import Evaluation, evaluate, method_for
+from apb.device import DTYPES, pick_device, pick_dtype
+from apb.evals.check import FILES, check
+from apb.evals.evaluate import SAMPLES_VERSION, Evaluation, evaluate
 from apb.evals.ledger import write_ledger
 from apb.evals.plots import budget_curve, dots, has_curve
 from apb.evals.record import FULL
 from apb.evals.report import Report, make_report, split_label
-from apb.evals.sample import Sources, make_sample
-from apb.evals.store import Store, read_records, read_settings
+from apb.evals.sample import Sources
+from apb.evals.store import Store, read_records, read_settings, write_whole
 from apb.evals.tasks import TASKS
-from apb.methods import METHODS
-from apb.models import load_tokenizer
+from apb.methods import METHODS, split_method
 
 __all__ = ["SUITES", "add_arguments", "check", "describe", "run", "write"]
 
@@ -34,8 +33,6 @@ SUITES = {
     "infinitebench": tuple(task.name for task in TASKS.values() if task.suite == "infinitebench"),
 }
 """Names that stand for several tasks."""
-
-_FILES = ("haystack", "squad", "hotpotqa")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hotpotqa", type=Path, help="HotpotQA's JSON file, for qa_2")
     parser.add_argument("--batch-tokens", type=int, default=16_384, help="most document tokens a batch")
     parser.add_argument("--max-new-tokens", type=int, help="instead of each task's own")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
     parser.add_argument("--shard", default="0/1", metavar="I/N",
                         help="answer every N-th question from the I-th on (from 0); a process a GPU")  # fmt: skip
@@ -78,74 +75,44 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--threshold: expected a percentage, 0 to 100, got {arguments.threshold:g}")
     labels = _labels(arguments.methods)
     if not arguments.report_only:
-        from transformers.utils import logging
-
-        setting = _setting(arguments, tuple(dict.fromkeys([FULL, *labels])))
-        check(setting)
-        with Store(
-            arguments.out,
-            settings=_fixed(setting),
-            labels=labels,
-            run=environment(),
-            shard=setting.shard,
-            on_note=_say,
-        ) as store:
-            if len(store):
-                _say(f"{len(store):,} answers found in {arguments.out}; going on from there")
-            logging.disable_progress_bar()  # ours says what goes on
-            try:
-                evaluate(setting, store=store, on_progress=Progress(store))
-            except KeyboardInterrupt:
-                _say(f"{len(store):,} answers are kept in {arguments.out}; the same command goes on from there")
-                raise
+        _answer(_setting(arguments, tuple(dict.fromkeys([FULL, *labels]))), arguments.out, labels)
     elif not arguments.out.is_dir():
         raise ValueError(f"--out: there is no folder {arguments.out}")
+    _report(arguments)
+    return 0
+
+
+def _answer(setting: Evaluation, out: Path, labels: dict[str, str]) -> None:
+    """Answer what is missing in the folder `out`."""
+    from transformers.utils import logging
+
+    check(setting)
+    with Store(
+        out, settings=_fixed(setting), labels=labels, run=environment(), shard=setting.shard, on_note=_say
+    ) as store:
+        if len(store):
+            _say(f"{len(store):,} answers found in {out}; going on from there")
+        logging.disable_progress_bar()  # ours says what goes on
+        try:
+            evaluate(setting, store=store, on_progress=Progress(store))
+        except KeyboardInterrupt:
+            _say(f"{len(store):,} answers are kept in {out}; the same command goes on from there")
+            raise
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    """Report what is in the folder: printed, and written."""
     records = read_records(arguments.out, on_note=_say)
     noted = read_settings(arguments.out)
     report = make_report(records, labels=noted["labels"], threshold=arguments.threshold / 100)
     written = write(report, arguments.out, noted)
     if arguments.ledger is not None:
-        write_ledger(arguments.ledger, records, run=environment(), labels=noted["labels"])
+        here = environment()
+        run = noted["runs"][-1] if arguments.report_only and noted["runs"] else here  # not where the report is made
+        write_ledger(arguments.ledger, records, run=run, labels=noted["labels"])
         written.append(arguments.ledger)
     print(report.json(**noted) if arguments.json else describe(report))
     _say(f"Written: {', '.join(map(str, written))}")
-    return 0
-
-
-def check(setting: Evaluation) -> None:
-    """Refuse what cannot be before the model is loaded: a sample of every task and length is made, and every plan.
-
-    Raises:
-        ValueError: naming the option, what came, and what was expected.
-    """
-    for name in ("samples", "batch_tokens", "max_new_tokens"):
-        value = getattr(setting, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
-    for hosts in setting.hosts:
-        if hosts < 1:
-            raise ValueError(f"--hosts: expected at least 1, got {hosts}")
-    for name in _FILES:
-        path, needing = getattr(setting.sources, name), [task for task in setting.tasks if TASKS[task].needs == name]
-        if path is None and needing:
-            raise ValueError(f"--{name}: {', '.join(needing)} need a file; give one with --{name} FILE")
-        if path is not None and not path.is_file():
-            raise ValueError(f"--{name}: there is no file {path}")
-    if setting.adapter is not None:
-        check_adapter(setting.adapter)
-    for length in setting.lengths:
-        tasks = (TASKS[task] for task in setting.tasks)
-        documents = {max(1, length - task.question_room - task.max_new_tokens) for task in tasks}
-        for method, hosts, tokens in product(setting.methods, setting.hosts, sorted(documents)):
-            try:
-                made = method_for(method, tokens=tokens, hosts=hosts)
-                made.plan(tokens=tokens, hosts=1 if made.one_host else hosts, query=1)
-            except ValueError as error:
-                raise ValueError(f"--methods: {method} on {hosts} hosts at {length} tokens: {error}") from None
-    tokenizer = load_tokenizer(setting.model)
-    for length in setting.lengths:
-        for task in setting.tasks:
-            make_sample(task, tokenizer, length=length, seed=setting.seed, sources=setting.sources)
 
 
 def describe(report: Report) -> str:
@@ -159,7 +126,7 @@ def describe(report: Report) -> str:
 def write(report: Report, folder: Path, noted: dict[str, Any]) -> list[Path]:
     """Write `report.json` and, if matplotlib is there, `scores.svg` and a curve of each budget that was varied."""
     path = folder / "report.json"
-    path.write_text(report.json(**noted) + "\n", encoding="utf-8")
+    write_whole(path, report.json(**noted) + "\n")
     written = [path]
     if find_spec("matplotlib") is None:
         _say("matplotlib is needed for pictures; pip install 'apb[viz]'")
@@ -187,14 +154,13 @@ class Progress:
 
     def __call__(self, done: int, total: int, what: str) -> None:
         """Note that `done` of `total` answers are there and `what` runs now; off a terminal, say so every 10 s."""
-        now, terminal = time.monotonic(), sys.stderr.isatty()
-        if not terminal and 0 < done < total and now - self.said < 10:
+        now = time.monotonic()
+        if not sys.stderr.isatty() and 0 < done < total and now - self.said < 10:
             return
         first, self.said = self.said == self.start, now
         new, elapsed = len(self.store) - self.before, now - self.start
         left = f", about {_duration(elapsed / new * (total - done))} left" if new and done < total else ""
-        again = "\x1b[1A\x1b[2K" if terminal and not first else ""  # up one line, and clear it
-        _say(f"{again}  {_duration(elapsed):>8}  {done:,} of {total:,} answers{left}: {what}")
+        redraw(f"  {_duration(elapsed):>8}  {done:,} of {total:,} answers{left}: {what}", over=not first)
 
 
 def _setting(arguments: argparse.Namespace, methods: tuple[str, ...]) -> Evaluation:
@@ -205,7 +171,7 @@ def _setting(arguments: argparse.Namespace, methods: tuple[str, ...]) -> Evaluat
         if name not in SUITES and name not in TASKS:
             raise ValueError(f"--tasks: expected some of {', '.join([*SUITES, *TASKS])}, got {name!r}")
         tasks |= dict.fromkeys(SUITES.get(name, (name,)))
-    dtype, cuda = arguments.dtype, torch.cuda.is_available() and not arguments.device.startswith("cpu")
+    device = pick_device(arguments.device)
     return Evaluation(
         model=arguments.model,
         adapter=arguments.adapter,
@@ -217,8 +183,8 @@ def _setting(arguments: argparse.Namespace, methods: tuple[str, ...]) -> Evaluat
         seed=arguments.seed,
         sources=Sources(haystack=arguments.haystack, squad=arguments.squad, hotpotqa=arguments.hotpotqa),
         batch_tokens=arguments.batch_tokens,
-        dtype=dtype if dtype != "auto" else "bfloat16" if cuda else "float32",
-        device=arguments.device,
+        dtype=str(pick_dtype(arguments.dtype, device)).removeprefix("torch."),
+        device=str(device),
         max_new_tokens=arguments.max_new_tokens,
         shard=_shard(arguments.shard),
     )
@@ -226,14 +192,33 @@ def _setting(arguments: argparse.Namespace, methods: tuple[str, ...]) -> Evaluat
 
 def _fixed(setting: Evaluation) -> dict[str, Any]:
     """Return the settings that all runs in one folder must share; files by their content."""
-    files = {name: getattr(setting.sources, name) for name in _FILES}
+    files = {name: getattr(setting.sources, name) for name in FILES}
+    heads = {method: split_method(method)[1].get("heads") for method in setting.methods}
     return {
         "model": setting.model,
-        "adapter": setting.adapter and str(setting.adapter),
+        "adapter": setting.adapter and f"{setting.adapter.name} (sha256 {_adapter_mark(setting.adapter)})",
         "dtype": setting.dtype,
         "max_new_tokens": setting.max_new_tokens,
+        "samples_version": SAMPLES_VERSION,
         **{name: sha256(path.read_bytes()).hexdigest()[:16] for name, path in files.items() if path},
+        **{f"heads of {method}": f"sha256 {_mark(Path(path))}" for method, path in heads.items() if path},
     }
+
+
+def _adapter_mark(adapter: Path) -> str:
+    """Return a mark of an adapter's weights, and of the settings by which they are scaled and merged."""
+    directory = check_adapter(adapter)
+    return _mark(*sorted(directory.glob("adapter_model.*")), directory / "adapter_config.json")
+
+
+def _mark(*paths: Path) -> str:
+    """Return 12 digits that tell these files' content from others'."""
+    found = sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while part := file.read(1 << 20):
+                found.update(part)
+    return found.hexdigest()[:12]
 
 
 def _labels(texts: list[str]) -> dict[str, str]:
@@ -241,7 +226,7 @@ def _labels(texts: list[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for text in texts:
         method, label = split_label(text)
-        if method.partition(":")[0] not in METHODS:
+        if split_method(method)[0] not in METHODS:
             raise ValueError(f"--methods: expected [LABEL@] and one of {', '.join(METHODS)}, got {text!r}")
         if found.get(method, label) != label or label in (other for m, other in found.items() if m != method):
             raise ValueError(f"--methods: expected one label a method and one method a label, got {text!r} besides")

@@ -13,6 +13,7 @@ from apb.cli.progress import ShowText, show_phase
 from apb.cli.table import table
 from apb.compress import TRAINING_FREE
 from apb.context import PREFILL_PHASES
+from apb.device import DTYPES
 from apb.methods import METHODS
 from apb.plan import Layout, QueryIn
 from apb.run import HostKind, Job, Report, run_jobs
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, help="draw from so many likeliest tokens only")
     parser.add_argument("--top-p", type=float, help="draw from the likeliest tokens of this probability together")
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
     parser.add_argument("--stream", action=argparse.BooleanOptionalAction, default=None,
                         help="print an answer while it is written (default: on a terminal)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON instead")

@@ -1,9 +1,10 @@
 """Say on standard error what is going on, and show an answer while it is written."""
 
+import shutil
 import sys
 import time
 
-__all__ = ["ShowText", "show_phase"]
+__all__ = ["ShowText", "redraw", "show_phase"]
 
 _START = time.monotonic()
 _TEXT = {
@@ -16,18 +17,30 @@ _TEXT = {
 }
 
 
+def redraw(text: str, *, over: bool) -> None:
+    """Print a line on standard error, on a terminal in place of the one above.
+
+    Args:
+        text: one line; on a terminal it is cut to the width, since a wrapped one could not be replaced.
+        over: whether the line above is an earlier state of this one. Off a terminal it stays.
+    """
+    if sys.stderr.isatty():
+        text = text[: max(1, shutil.get_terminal_size().columns - 1)]
+        if over:
+            text = f"\x1b[1A\x1b[2K{text}"  # up one line, and clear it
+    print(text, file=sys.stderr, flush=True)
+
+
 def show_phase(name: str, done: int, total: int) -> None:
     """Print the phase that begins and the time since the program started; then its layers as they are done.
 
     A terminal's line is redrawn; elsewhere every quarter is printed.
     """
-    terminal = sys.stderr.isatty()
-    if total and not terminal and done * 4 // total == (done - 1) * 4 // total:
+    if total and not sys.stderr.isatty() and done * 4 // total == (done - 1) * 4 // total:
         return
     layers = f", layer {done} of {total}" if total else ""
-    again = "\x1b[1A\x1b[2K" if terminal and total else ""  # up one line, and clear it
     elapsed = time.monotonic() - _START
-    print(f"{again}  {elapsed:6.1f} s  {_TEXT.get(name, name)}{layers}", file=sys.stderr, flush=True)
+    redraw(f"  {elapsed:6.1f} s  {_TEXT.get(name, name)}{layers}", over=total > 0)
 
 
 class ShowText:

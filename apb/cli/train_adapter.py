@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from apb.cli.table import table
-from apb.evals import TASKS, Sources, make_sample
+from apb.device import pick_device
+from apb.evals import Sources, make_sample
 from apb.models import load_model, load_tokenizer
 from apb.train.adapter import AdapterTraining, train_adapter
 from apb.train.stop import stopper
@@ -47,30 +48,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train, and print the curve. Under torchrun all ranks share the work."""
-    for name, least in (("steps", 1), ("batch_tokens", 1), ("turns", 1), ("rank", 1), ("workers", 0)):
-        if getattr(arguments, name) < least:
-            raise ValueError(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(arguments, name)}")
-    unknown = [task for task in arguments.tasks if task not in TASKS]
-    if unknown:
-        raise ValueError(f"--tasks: expected some of {', '.join(TASKS)}, got {', '.join(unknown)}")
-    rank = int(os.environ.get("RANK", 0))
-    device = arguments.device
-    if device == "auto":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    if "RANK" in os.environ:
-        torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     names = ("steps", "minutes", "batch_tokens", "turns", "rank", "alpha", "lr", "seed")
     training = AdapterTraining(
         tasks=tuple(arguments.tasks),
         lengths=tuple(arguments.length),
         **{name: getattr(arguments, name) for name in names},
     )
+    rank, local = int(os.environ.get("RANK", 0)), f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    device = pick_device(local if arguments.device == "auto" and torch.cuda.is_available() else arguments.device)
+    if "RANK" in os.environ:
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     sources = Sources(haystack=arguments.haystack, split="training")
     tokenizer = load_tokenizer(arguments.model)
     for task in training.tasks:  # what cannot be written is said before the model is loaded
         for length in training.lengths:
             make_sample(task, tokenizer, length=length, seed=0, sources=sources)
-    model = load_model(arguments.model, device=torch.device(device), dtype=torch.float32)
+    model = load_model(arguments.model, device=device, dtype=torch.float32)
 
     def log(point: dict[str, float]) -> None:
         print(

@@ -9,9 +9,12 @@ from typing import Any, get_args
 
 import torch
 
+from apb.adapter import check_adapter
 from apb.cli.table import table
-from apb.evals import TASKS, Sources
+from apb.device import DTYPES, pick_device, pick_dtype
+from apb.evals import TASKS, Sources, make_sample
 from apb.models import load_model, load_tokenizer
+from apb.train.checkpoint import fingerprint
 from apb.train.examples import Examples, GeneratedExamples
 from apb.train.report import write_report
 from apb.train.retaining_heads import HeadProgress, TrainedHeads, train_heads
@@ -21,9 +24,8 @@ from apb.train.text_examples import TextExamples
 
 __all__ = ["add_arguments", "run"]
 
-_TASKS = ("niah_single_1", "niah_multikey_2", "vt")
-_TEXT_TASKS = ("niah_multivalue", "niah_multiquery")  # hide their facts in a text
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_TASKS = ("niah_single_1", "niah_multikey_2", "vt", "cwe", "fwe")
+_TEXT_TASKS = ("niah_multikey_1", "niah_multivalue", "niah_multiquery")  # hide their facts in a text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,11 +64,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--eval-fraction", type=float, default=fresh.eval_fraction,
         help="share of the tokens whose overlap is taken (default: %(default)s)")  # fmt: skip
     add("--save-every", type=int, default=250, help="steps between saves of the state (default: %(default)s)")
-    add("--save-dtype", choices=_DTYPES, default="bfloat16", help="of the heads' file (default: %(default)s)")
+    add("--save-dtype", choices=DTYPES, default="bfloat16", help="of the heads' file (default: %(default)s)")
     add("--minutes", type=float, help="stop after so long, with the state saved")
     add("--resume", action=argparse.BooleanOptionalAction, default=None,
         help="go on with the run in --out (default: if there is one), or start over")  # fmt: skip
-    add("--dtype", choices=("auto", *_DTYPES), default="auto", help="of the model (default: bfloat16 on CUDA)")
+    add("--dtype", choices=("auto", *DTYPES), default="auto", help="of the model (default: bfloat16 on CUDA)")
     add("--workers", type=int, help="processes that write examples ahead (default: 4 with CUDA, else 0)")
     add("--device", default="auto", help="default: cuda if there is one")
 
@@ -77,15 +79,10 @@ def run(arguments: argparse.Namespace) -> int:
     names = ("steps", "width", "query_in", "learning_rate", "weight_decay", "warmup", "decay", "smoothing", "clip",
              "seed", "eval_every", "eval_examples", "eval_fraction")  # fmt: skip
     training = HeadTraining(betas=tuple(arguments.betas), **{name: getattr(arguments, name) for name in names})
-    device = torch.device(_device(arguments.device))
-    dtype = {**_DTYPES, "auto": torch.bfloat16 if device.type == "cuda" else torch.float32}[arguments.dtype]
+    device = pick_device(arguments.device)
+    dtype = pick_dtype(arguments.dtype, device)
     examples = _examples(arguments, load_tokenizer(arguments.model))
     model = load_model(arguments.model, device=device, dtype=dtype, adapter=arguments.adapter)
-    about = {
-        "base_model": _name(arguments.model),
-        "adapter": _name(arguments.adapter) if arguments.adapter else "none",
-        "dtype": str(dtype).removeprefix("torch."),
-    }
     with stopper(arguments.minutes) as stop:
         trained = train_heads(
             model,
@@ -95,11 +92,11 @@ def run(arguments: argparse.Namespace) -> int:
             resume=arguments.resume,
             save_every=arguments.save_every,
             workers=arguments.workers if arguments.workers is not None else 4 if device.type == "cuda" else 0,
-            about=about,
+            about=_about(arguments, dtype),
             stop=stop,
             on_progress=_Line(),
         )
-    written = write_report(trained, arguments.out, dtype=_DTYPES[arguments.save_dtype])
+    written = write_report(trained, arguments.out, dtype=DTYPES[arguments.save_dtype])
     print(_describe(trained, training))
     print("\nWritten: " + ", ".join(str(path) for path in written))
     if len(written) == 3:
@@ -130,13 +127,24 @@ def _examples(arguments: argparse.Namespace, tokenizer: Any) -> Examples:
     tasks = arguments.tasks or [*_TASKS, *(_TEXT_TASKS if arguments.haystack else ())]
     if unknown := [task for task in tasks if task not in TASKS]:
         raise ValueError(f"tasks: expected some of {', '.join(TASKS)}, got {', '.join(unknown)}")
-    return GeneratedExamples(
-        tokenizer=tokenizer,
-        tasks=tasks,
-        lengths=arguments.lengths,
-        seed=arguments.seed,
-        sources=Sources(split="training", haystack=arguments.haystack),
+    sources = Sources(split="training", haystack=arguments.haystack)
+    examples = GeneratedExamples(
+        tokenizer=tokenizer, tasks=tasks, lengths=arguments.lengths, seed=arguments.seed, sources=sources
     )
+    for task in tasks:  # what cannot be written is said before the model is loaded
+        make_sample(task, tokenizer, length=min(arguments.lengths), seed=0, sources=sources)
+    return examples
+
+
+def _about(arguments: argparse.Namespace, dtype: torch.dtype) -> dict[str, str]:
+    """Say what the heads are trained for; the adapter by what is in its file, since a run must not change it."""
+    about = {"base_model": _name(arguments.model), "adapter": "none", "dtype": str(dtype).removeprefix("torch.")}
+    if arguments.adapter:
+        about["adapter"] = _name(arguments.adapter)
+        weights = check_adapter(arguments.adapter) / "adapter_model.safetensors"
+        if weights.is_file():  # PEFT can also read its older format
+            about["adapter_sha256"] = fingerprint(weights)
+    return about
 
 
 class _Line:
@@ -168,14 +176,6 @@ def _describe(trained: TrainedHeads, training: HeadTraining) -> str:
             f"Query-aware scores, training free: {curve.query_aware:.1%}. Random scores: {curve.fraction:.1%}.",
         )
     )
-
-
-def _device(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device: got {name}, but PyTorch sees no CUDA device here; leave --device out, or give cpu")
-    return name
 
 
 def _name(place: str | Path) -> str:

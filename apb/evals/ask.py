@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from apb.decoding import decode
 from apb.evals.sample import Sample
 from apb.hf import share_weights
 from apb.methods import Method
@@ -43,11 +44,12 @@ class Asker:
     Args:
         model: a causal language model on one device.
         stop_tokens: an answer ends at the first of these.
+        timeout_s: longest wait of a host for another one.
     """
 
-    def __init__(self, model: Any, *, stop_tokens: Sequence[int] = ()) -> None:
-        self.model, self.device = model, model.device
-        self.stops = torch.tensor(list(stop_tokens), dtype=torch.int64, device=self.device)
+    def __init__(self, model: Any, *, stop_tokens: Sequence[int] = (), timeout_s: float = 600.0) -> None:
+        self.model, self.device, self.timeout_s = model, model.device, timeout_s
+        self.stop_tokens = frozenset(stop_tokens)
         self._copies: list[Any] = []
 
     def ask(self, samples: Sequence[Sample], method: Method, hosts: int, *, max_new_tokens: int) -> list[Answer]:
@@ -74,8 +76,11 @@ class Asker:
         asked = session.tokens
         nll = _answer_nll(session, logits, [sample.answer_ids for sample in samples])
         session.rewind(asked)
-        tokens = self._decode(session, logits, max_new_tokens)
-        return [Answer(tokens=row, nll=value) for row, value in zip(tokens, nll.tolist(), strict=True)]
+        tokens, lengths = decode(session, logits, max_new_tokens=max_new_tokens, stop_tokens=sorted(self.stop_tokens))
+        return [
+            Answer(tokens=row[: length - (row[length - 1] in self.stop_tokens)], nll=value)
+            for row, length, value in zip(tokens.tolist(), lengths, nll.tolist(), strict=True)
+        ]
 
     def _prefill(
         self, method: Method, hosts: int, document: Tensor, query: Tensor, prefix_tokens: int
@@ -91,23 +96,10 @@ class Asker:
             session.prefill(document, query)
             return session
 
-        parts = run_threads(hosts, body, device=self.device, timeout_s=600.0)
-        alone = ThreadHost(Group(1, 600.0), 0, self.device)
+        parts = run_threads(hosts, body, device=self.device, timeout_s=self.timeout_s)
+        alone = ThreadHost(Group(1, self.timeout_s), 0, self.device)
         session = Session.join(parts, method.plan(hosts=1, **lengths), alone)
         return session, plan.host(plan.owner).query_rows > 0
-
-    def _decode(self, session: Session, logits: Tensor, max_new_tokens: int) -> list[list[int]]:
-        chosen: list[Tensor] = []
-        stopped = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
-        while True:
-            chosen.append(logits.argmax(dim=-1))
-            stopped |= torch.isin(chosen[-1], self.stops)
-            if len(chosen) == max_new_tokens or bool(stopped.all()):
-                break
-            logits = session.extend(chosen[-1][:, None])
-        stops = set(self.stops.tolist())
-        rows = torch.stack(chosen, dim=-1).tolist()
-        return [row[: next((i for i, token in enumerate(row) if token in stops), len(row))] for row in rows]
 
 
 def _answer_nll(

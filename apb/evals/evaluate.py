@@ -3,21 +3,35 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import lru_cache
+from math import floor
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from apb.device import pick_device, pick_dtype
 from apb.evals.ask import Asker
 from apb.evals.record import Key, Record
 from apb.evals.sample import Sample, Sources
 from apb.evals.store import Store
 from apb.evals.tasks import TASKS, make_sample
 from apb.hf import model_shape
-from apb.methods import Method, make_method
-from apb.models import load_model, load_tokenizer
+from apb.methods import METHODS, Method, make_method, split_method
+from apb.models import load_model, load_tokenizer, stop_tokens
 
-__all__ = ["Cell", "Evaluation", "Subject", "cells", "evaluate", "load_subject", "method_for"]
+__all__ = [
+    "SAMPLES_VERSION",
+    "Cell",
+    "Evaluation",
+    "PreparedMethods",
+    "Subject",
+    "cells",
+    "evaluate",
+    "load_subject",
+    "method_for",
+]
+
+SAMPLES_VERSION = 2
+"""Of the samples that one seed gives: to be raised when a task's generator changes, so that old records stay apart."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,14 +85,16 @@ def cells(setting: Evaluation) -> list[Cell]:
     """List what has to be run, in order; methods of one host appear once.
 
     Raises:
-        ValueError: no such method, task or setting.
+        ValueError: no such method.
     """
+    names = {method: split_method(method)[0] for method in setting.methods}
+    if strangers := [method for method, name in names.items() if name not in METHODS]:
+        raise ValueError(f"methods: expected some of {', '.join(METHODS)}, got {strangers[0]!r}")
     found: dict[Cell, None] = {}
     for length in setting.lengths:
         for task in setting.tasks:
             for method in setting.methods:
-                alone = method_for(method, tokens=length, hosts=1).one_host
-                for hosts in (1,) if alone else setting.hosts:
+                for hosts in (1,) if METHODS[names[method]].one_host else setting.hosts:
                     found[Cell(length=length, task=task, method=method, hosts=hosts)] = None
     return list(found)
 
@@ -86,8 +102,12 @@ def cells(setting: Evaluation) -> list[Cell]:
 def method_for(text: str, *, tokens: int, hosts: int) -> Method:
     """Make a method of its text, in which a fraction is one of a block: "apb:anchor=1/4,passing=1/8".
 
+    Fractions are rounded down, but to no less than 1.
+
     >>> method_for("star:anchor=1/4", tokens=4096, hosts=4).anchor
     256
+    >>> method_for("star:anchor=1/2000", tokens=4096, hosts=4).anchor
+    1
 
     Args:
         text: as `make_method` reads it, but for the fractions.
@@ -97,19 +117,42 @@ def method_for(text: str, *, tokens: int, hosts: int) -> Method:
     Raises:
         ValueError: as `make_method`.
     """
-    name, colon, rest = text.partition(":")
-    blocks = hosts * (2 if "layout=zigzag" in rest or name == "ring-zigzag" else 1)
+    name, settings = split_method(text)
+    blocks = hosts * (2 if settings.get("layout") == "zigzag" or name == "ring-zigzag" else 1)
     block = -(-tokens // blocks)
-    parts = []
-    for part in filter(None, rest.split(",")):
-        key, equals, value = part.partition("=")
-        if key != "heads" and "/" in value:
-            try:
-                value = str(int(Fraction(value) * block))
-            except (ValueError, ZeroDivisionError):
-                raise ValueError(f"{key}: expected an integer or a fraction of a block (1/8), got {value!r}") from None
-        parts.append(f"{key}{equals}{value}")
-    return make_method(name + colon + ",".join(parts))
+    for key, value in settings.items():
+        if key == "heads" or "/" not in value:  # a file's name may have a slash
+            continue
+        try:
+            share = Fraction(value)
+        except (ValueError, ZeroDivisionError):
+            raise ValueError(f"{key}: expected an integer or a fraction of a block (1/8), got {value!r}") from None
+        settings[key] = str(max(1, floor(share * block)) if share > 0 else floor(share * block))
+    return make_method(f"{name}:{','.join('='.join(pair) for pair in settings.items())}")
+
+
+class PreparedMethods:
+    """Makes methods of their texts and prepares them for a model; the last few are remembered, with their weights.
+
+        prepared = PreparedMethods(model)
+        prepared("apb:passing=1/8", tokens=4096, hosts=4)       # made, checkpoint and all
+        prepared("apb:passing=1/8", tokens=4096, hosts=4)       # the same again
+
+    Args:
+        model: that they are for.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model, self._shape = model, model_shape(model.config)
+        self._make = lru_cache(maxsize=8)(self._prepare)
+
+    def __call__(self, text: str, *, tokens: int, hosts: int) -> Method:
+        """Return the method; arguments and errors as `method_for`."""
+        return self._make(text, tokens, hosts)
+
+    def _prepare(self, text: str, tokens: int, hosts: int) -> Method:
+        method = method_for(text, tokens=tokens, hosts=hosts)
+        return method.prepare(self._shape, self._model.device, self._model.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,10 +165,10 @@ class Subject:
 
 
 def load_subject(setting: Evaluation) -> Subject:
-    """Load the model that `setting` names; errors as `load_model`."""
-    device = setting.device if setting.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = setting.dtype if setting.dtype != "auto" else "bfloat16" if device.startswith("cuda") else "float32"
-    model = load_model(setting.model, device=torch.device(device), dtype=getattr(torch, dtype), adapter=setting.adapter)
+    """Load the model that `setting` names; errors as `pick_device`, `pick_dtype` and `load_model`."""
+    device = pick_device(setting.device)
+    dtype = pick_dtype(setting.dtype, device)
+    model = load_model(setting.model, device=device, dtype=dtype, adapter=setting.adapter)
     name = setting.model if setting.adapter is None else f"{setting.model}+{setting.adapter.name}"
     return Subject(name=name, model=model, tokenizer=load_tokenizer(setting.model))
 
@@ -146,11 +189,15 @@ def evaluate(
         on_progress: called with (answers done, answers in all, what runs now) before each batch.
 
     Raises:
-        ValueError: something in `setting` that cannot be; before the model is loaded where it can be known.
+        ValueError: something in `setting` that cannot be, before the model is loaded where it can be known; or a
+            sample that cannot be made, with its task, length and seed.
     """
     todo = cells(setting)
+    for method in setting.methods:  # refused now rather than behind the first one's answers
+        method_for(method, tokens=min(setting.lengths, default=1), hosts=1)
     subject = subject or load_subject(setting)
-    asker = Asker(subject.model, stop_tokens=_stop_tokens(subject))
+    asker = Asker(subject.model, stop_tokens=stop_tokens(subject.model, subject.tokenizer))
+    prepared = PreparedMethods(subject.model)
     tell = on_progress or (lambda done, total, what: None)
     first, step = setting.shard
     seeds = range(setting.seed + first, setting.seed + setting.samples, step)
@@ -163,12 +210,11 @@ def evaluate(
         done += len(seeds) - len(missing)
         for seed in missing:
             if seed not in samples:
-                samples[seed] = make_sample(
-                    cell.task, subject.tokenizer, length=cell.length, seed=seed, sources=setting.sources
-                )
+                samples[seed] = _sample(setting, subject, cell, seed, kept=store is not None)
         for batch in _batches([samples[seed] for seed in missing], setting.batch_tokens):
             tell(done, total, f"{cell.method} on {cell.hosts}, {cell.task} at {cell.length}")
-            records = _answer(asker, subject, cell, batch, setting.max_new_tokens)
+            method = prepared(cell.method, tokens=batch[0].prompt.document.shape[1], hosts=cell.hosts)
+            records = _answer(asker, subject, cell, method, batch, setting.max_new_tokens)
             if store is not None:
                 store.add(records)
             found += records
@@ -177,13 +223,22 @@ def evaluate(
     return found
 
 
+def _sample(setting: Evaluation, subject: Subject, cell: Cell, seed: int, *, kept: bool) -> Sample:
+    """Make a sample, or say which one cannot be made."""
+    try:
+        return make_sample(cell.task, subject.tokenizer, length=cell.length, seed=seed, sources=setting.sources)
+    except ValueError as error:
+        but = "; the answers so far are kept" if kept else ""
+        raise ValueError(
+            f"{cell.task} at {cell.length} tokens with seed {seed} cannot be made: {error}{but}"
+        ) from error
+
+
 def _answer(
-    asker: Asker, subject: Subject, cell: Cell, batch: list[Sample], max_new_tokens: int | None
+    asker: Asker, subject: Subject, cell: Cell, method: Method, batch: list[Sample], max_new_tokens: int | None
 ) -> list[Record]:
     """Answer one batch, and score it."""
-    task, model = TASKS[cell.task], subject.model
-    method = method_for(cell.method, tokens=batch[0].prompt.document.shape[1], hosts=cell.hosts)
-    method = method.prepare(model_shape(model.config), model.device, model.dtype)
+    task = TASKS[cell.task]
     answers = asker.ask(batch, method, cell.hosts, max_new_tokens=max_new_tokens or task.max_new_tokens)
     records = []
     for sample, answer in zip(batch, answers, strict=True):
@@ -215,9 +270,3 @@ def _batches(samples: list[Sample], batch_tokens: int) -> Iterator[list[Sample]]
     for (tokens, *_), group in sorted(groups.items()):
         size = max(1, batch_tokens // tokens)
         yield from (group[start : start + size] for start in range(0, len(group), size))
-
-
-def _stop_tokens(subject: Subject) -> list[int]:
-    stop = subject.model.generation_config.eos_token_id
-    found = {subject.tokenizer.eos_token_id} | set(stop if isinstance(stop, list) else [stop])
-    return sorted(found - {None})

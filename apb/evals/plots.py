@@ -1,7 +1,7 @@
 """Pictures of a report: the methods' scores with their intervals, and score against budget."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
@@ -9,6 +9,7 @@ from typing import Any, Literal
 from apb.evals.record import FULL
 from apb.evals.report import Line, Report, Section
 from apb.evals.statistics import Interval
+from apb.methods import split_method
 from apb.viz import check_picture
 
 __all__ = ["Budget", "budget_curve", "dots", "has_curve"]
@@ -76,32 +77,17 @@ def budget_curve(report: Report, path: str | Path, *, budget: Budget = "passing"
         for family, points in _families(section, budget).items()
         if len(points) > 1
     ]
-    if not curves:
-        raise ValueError(f"budget: expected a method with two values of {budget}, such as apb:{budget}=32 and =64")
-    fractions = {"/" in text for _, _, points in curves for text in points if text != "0"}
-    if len(fractions) > 1:
-        raise ValueError(f"budget: expected {budget} in tokens or in fractions of a block, got both; draw them apart")
-    unit = "fraction of a block" if fractions == {True} else "tokens a block"
+    unit = _unit(curves, budget)
     columns = sorted({section.hosts for section, _, _ in curves})
     lengths = sorted({section.length for section, _, _ in curves})
     families = list(dict.fromkeys(family for _, family, _ in curves))
     figure = Figure(figsize=(2 + 4.4 * len(columns), 6), layout="constrained")
     grid = figure.subplots(2, len(columns), squeeze=False, sharex="col", sharey="row")
     for section, family, points in curves:
-        style = {
-            "color": _COLOURS[lengths.index(section.length) % len(_COLOURS)],
-            "marker": _MARKS[families.index(family) % len(_MARKS)],
-        }
         name = f"{section.length:,} tokens" + (f", {family}" if len(families) > 1 else "")
-        top, bottom = grid[:, columns.index(section.hosts)]
-        texts = sorted(points, key=Fraction)
-        places = [float(Fraction(text)) for text in texts]
-        _curve(top, places, [points[text].mean for text in texts], 100, label=name, **style)
-        _curve(bottom, places, [points[text].nll for text in texts], 1, **style)
-        for line in section.lines:
-            if line.method == FULL and line.mean and line.nll:
-                top.axhline(100 * line.mean.value, color=style["color"], linestyle="--", linewidth=1)
-                bottom.axhline(line.nll.value, color=style["color"], linestyle="--", linewidth=1)
+        colour = _COLOURS[lengths.index(section.length) % len(_COLOURS)]
+        mark = _MARKS[families.index(family) % len(_MARKS)]
+        _draw(list(grid[:, columns.index(section.hosts)]), section, points, label=name, color=colour, marker=mark)
     for hosts, (top, bottom) in zip(columns, grid.T, strict=True):
         top.set_title(f"{hosts} hosts" if hosts > 1 else "1 host", fontsize=10)
         bottom.set_xlabel(f"{budget}, {unit}")
@@ -117,11 +103,35 @@ def budget_curve(report: Report, path: str | Path, *, budget: Budget = "passing"
     return path
 
 
+def _unit(curves: Sequence[tuple[Section, str, Mapping[str, Line]]], budget: Budget) -> str:
+    """Return what the budgets are in; raise if there are none, or some are in the one and some in the other."""
+    if not curves:
+        raise ValueError(f"budget: expected a method with two values of {budget}, such as apb:{budget}=32 and =64")
+    fractions = {"/" in text for _, _, points in curves for text in points if text != "0"}
+    if len(fractions) > 1:
+        raise ValueError(f"budget: expected {budget} in tokens or in fractions of a block, got both; draw them apart")
+    return "fraction of a block" if fractions == {True} else "tokens a block"
+
+
+def _draw(panels: Sequence[Any], section: Section, points: Mapping[str, Line], *, label: str, **style: Any) -> None:
+    """Draw one method's curves, of score above and NLL below, and full attention's values across."""
+    top, bottom = panels
+    texts = sorted(points, key=Fraction)
+    places = [float(Fraction(text)) for text in texts]
+    _curve(top, places, [points[text].mean for text in texts], 100, label=label, **style)
+    _curve(bottom, places, [points[text].nll for text in texts], 1, **style)
+    for line in section.lines:
+        if line.method == FULL and line.mean and line.nll:
+            top.axhline(100 * line.mean.value, color=style["color"], linestyle="--", linewidth=1)
+            bottom.axhline(line.nll.value, color=style["color"], linestyle="--", linewidth=1)
+
+
 def _dots(panel: Any, section: Section, *, names: bool) -> None:
     panel.set_visible(True)
     for place, line in enumerate(section.lines):
         if line.mean is None:
-            panel.text(0.02, place, "unfinished", fontsize=8, va="center", transform=panel.get_yaxis_transform())
+            why = "unfinished" if section.averaged else "no task that full attention can do"
+            panel.text(0.02, place, why, fontsize=8, va="center", transform=panel.get_yaxis_transform())
             continue
         whisker = _whisker([line.mean], 100)
         colour = _COLOURS[1] if line.method == FULL else _COLOURS[0]
@@ -140,10 +150,9 @@ def _families(section: Section, budget: Budget) -> dict[str, dict[str, Line]]:
     """Group a section's methods by their text without the budget; in each, the lines by the budget's text."""
     found: dict[str, dict[str, Line]] = {}
     for line in section.lines:
-        name, _, rest = line.method.partition(":")
-        settings = dict(part.partition("=")[::2] for part in rest.split(",") if part)
+        name, settings = split_method(line.method)
         value = settings.pop(budget, None)
-        if value is None or line.mean is None:
+        if value is None or line.mean is None or line.nll is None:
             continue
         others = ",".join(f"{key}={text}" for key, text in settings.items())
         found.setdefault(f"{name}:{others}" if others else name, {})[value] = line

@@ -17,6 +17,7 @@ __all__ = ["QuestionAnswering"]
 
 _TASK = "Answer the question based on the given documents. Only give me the answer and do not output any other words."
 _BEGIN = f"{_TASK}\n\nThe following are given documents."
+_ANSWER_PREFIX = " Answer:"
 _TRIES = 64
 
 
@@ -30,10 +31,11 @@ class _Question:
 
 @dataclass(frozen=True, kw_only=True)
 class QuestionAnswering(Task):
-    """A question's own paragraphs among others that do not have its answer.
+    """A question's own paragraphs among others, which may have the answer too, as in RULER.
 
     Distractors of the same article, or of the question's own, come first; when all are used up they come again, and
-    the last one is cut. Questions whose paragraphs are longer than the document are passed over.
+    the last one is cut. Questions that are longer than their room, or whose paragraphs are longer than the document,
+    are passed over.
     """
 
     suite: Literal["ruler", "infinitebench"] = "ruler"
@@ -54,10 +56,16 @@ class QuestionAnswering(Task):
             gold = tokens.known(["\n" + text for text in question.gold])
             return len(head) + sum(map(len, gold)) + sum(map(len, numbers(len(gold))))
 
+        def asked(question: _Question) -> int:
+            return sum(map(len, desk.question(_query(question), _ANSWER_PREFIX)))
+
         tried = [draw.choice(questions) for _ in range(_TRIES)]
-        question = next((question for question in tried if size(question) <= desk.room), tried[0])
-        if size(question) > desk.room:
-            desk.require(min(map(size, tried)))
+        fitting = (question for question in tried if size(question) <= desk.room)
+        question = next((question for question in fitting if asked(question) <= self.question_room), None)
+        if question is None:
+            short = [question for question in tried if asked(question) <= self.question_room]
+            desk.require(min(map(size, short or tried)))
+            question = min(tried, key=asked)  # which `make_sample` says is too long
 
         space = desk.room - size(question)
         units = tokens.known(["\n" + text for text in draw.sample(question.gold, len(question.gold))])
@@ -80,8 +88,8 @@ class QuestionAnswering(Task):
             ids += units[place]
         return Draft(
             document=ids + last,
-            query=f"{_TASK}\n\nQuestion: {question.text}",
-            answer_prefix=" Answer:",
+            query=_query(question),
+            answer_prefix=_ANSWER_PREFIX,
             answer=" " + question.answers[0],
             references=question.answers,
             positions=tuple(positions),
@@ -93,18 +101,16 @@ class QuestionAnswering(Task):
         return any_reference(prediction, references)
 
 
+def _query(question: _Question) -> str:
+    return f"{_TASK}\n\nQuestion: {question.text}"
+
+
 def _distractors(desk: Desk, question: _Question, paragraphs: Sequence[str]) -> Iterator[str]:
-    """Yield paragraphs without an answer, the near ones first, without end."""
-    answers = [answer.lower() for answer in question.answers]
+    """Yield paragraphs that are not the question's own, the near ones first, without end."""
     some = min(len(paragraphs), desk.room // 4)  # more will hardly fit
     drawn = [*desk.random.sample(question.near, len(question.near)), *desk.random.sample(paragraphs, some)]
-    usable: list[str] = []
-    for text in dict.fromkeys(drawn):
-        lowered = text.lower()
-        if text not in question.gold and not any(answer in lowered for answer in answers):
-            usable.append(text)
-            yield text
-    yield from cycle(usable or [NOISE])
+    others = [text for text in dict.fromkeys(drawn) if text not in question.gold]
+    yield from cycle(others or [NOISE])
 
 
 def _load(desk: Desk, name: Literal["haystack", "squad", "hotpotqa"]) -> tuple[Sequence[_Question], Sequence[str]]:

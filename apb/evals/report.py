@@ -1,20 +1,23 @@
 """From records to a table: for each model, length and number of hosts, how well the methods answered.
 
 Scores of a task that full attention itself cannot do say nothing about a method, so such tasks are shown, marked and
-left out of the averages. Unfinished runs are reported too, and said to be unfinished.
+left out of the mean score. Their likelihoods do say something: NLLs are averaged over all tasks. Unfinished runs are
+reported too, and said to be unfinished.
 """
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from apb.evals.record import FULL, Record
 from apb.evals.statistics import Interval, mean_interval, paired_difference
-from apb.methods import METHODS, make_method
+from apb.methods import METHODS, split_method
 
 __all__ = ["Line", "Report", "Section", "make_report", "split_label"]
+
+_ENDS = (0.0, 1.0)  # of a score
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +30,9 @@ class Line:
         hosts: H; 1 for methods of one host, whatever the section's is.
         scores: by task, in [0, 1]; of the samples that were answered.
         samples: by task, how many were.
-        mean: over the section's averaged tasks; None if one of them has no answer yet.
+        mean: score over the section's averaged tasks; None if one of them has no answer yet.
         difference: of that from full attention, on the questions that both have answered; None for itself.
-        nll, nll_difference: the same of the likelihoods, in nats a token; less is better.
+        nll, nll_difference: the same of the likelihoods over all tasks, in nats a token; less is better.
     """
 
     label: str
@@ -64,7 +67,7 @@ class Section:
 
     @property
     def averaged(self) -> tuple[str, ...]:
-        """The tasks that the averages are of."""
+        """The tasks that mean scores are of."""
         return tuple(task for task in self.tasks if task not in self.left_out)
 
     @property
@@ -97,7 +100,7 @@ class Report:
     """All sections.
 
     Attributes:
-        threshold: a task that full attention scores below this, in [0, 1], is left out of averages.
+        threshold: a task that full attention scores below this, in [0, 1], is left out of mean scores.
     """
 
     sections: tuple[Section, ...]
@@ -121,8 +124,10 @@ class Report:
         """Say what the columns mean."""
         star = " but those with a *" if any(section.left_out for section in self.sections) else ""
         return (
-            f"Scores in %. NLL: of the right answer, in nats a token; less is better. Mean and NLL are over all tasks"
-            f"{star}. vs full: the difference from full attention on the same questions [its 95 % interval]."
+            f"Scores in %; mean is over all tasks{star}. NLL: of the right answer, in nats a token, over all tasks; "
+            f"less is better. vs full: the difference from full attention on the same questions [its 95 % interval]. "
+            f"Intervals are from drawing the questions anew; those of scores allow for one more that goes as far up or "
+            f"down as can be, so that no change in any of n questions is [−3.7 / n, +3.7 / n], not [0, 0]."
         )
 
 
@@ -138,7 +143,7 @@ def make_report(
     Args:
         records: of any models, methods, lengths and hosts. Methods of one host are held against those of any.
         labels: what to call methods, by their text; lines come in this order, then in that of the records.
-        threshold: tasks that full attention scores below it are left out of averages.
+        threshold: tasks that full attention scores below it are left out of mean scores.
         resamples: how often samples are drawn anew for the intervals.
 
     Raises:
@@ -172,7 +177,7 @@ def split_label(text: str) -> tuple[str, str]:
     >>> split_label("apb:heads=heads@3000.pt")
     ('apb:heads=heads@3000.pt', 'apb:heads=heads@3000.pt')
     """
-    if text.partition(":")[0] in METHODS or "@" not in text:
+    if split_method(text)[0] in METHODS or "@" not in text:
         return text, text
     label, _, method = text.partition("@")
     if not label.strip():
@@ -182,8 +187,8 @@ def split_label(text: str) -> tuple[str, str]:
 
 def _alone(method: str) -> bool:
     """Say whether a method is one of one host."""
-    name = method.partition(":")[0]
-    return name in METHODS and make_method(name).one_host
+    name = split_method(method)[0]
+    return name in METHODS and METHODS[name].one_host
 
 
 def _section(
@@ -215,10 +220,10 @@ def _section(
         notes.append("Full attention has not been run, so there are no differences and no task is left out.")
     if left_out:
         notes.append(
-            f"Left out of mean and NLL: {', '.join(left_out)}, which full attention scores below {threshold:.0%}."
+            f"Left out of mean scores: {', '.join(left_out)}, which full attention scores below {threshold:.0%}."
         )
     if not averaged:
-        notes.append("There are no averages: full attention can do none of the tasks.")
+        notes.append("There is no mean score: full attention can do none of the tasks.")
     if any(len(seeds) < 2 for seeds in asked.values()):
         notes.append("Intervals are undefined where a task has one sample.")
     sizes = sorted({len(seeds) for seeds in asked.values()})
@@ -232,31 +237,43 @@ def _line(
     label: str, records: list[Record], full: list[Record], tasks: Sequence[str], averaged: list[str], resamples: int
 ) -> Line:
     by_task = {task: [record for record in records if record.task == task] for task in tasks}
-    whole = bool(averaged) and all(by_task[task] for task in averaged)
-    is_full = records[0].method == FULL
-    both = {(r.task, r.seed) for r in records} & {(r.task, r.seed) for r in full}
-    ours, theirs = ([r for r in rs if r.task in averaged and (r.task, r.seed) in both] for rs in (records, full))
-    paired = not is_full and whole and {task for task, _ in both} >= set(averaged)
-
-    def mean(value: Callable[[Record], float]) -> Interval | None:
-        values = {task: [value(record) for record in by_task[task]] for task in averaged}
-        return mean_interval(values, resamples=resamples) if whole else None
-
+    others = [] if records[0].method == FULL else full
     return Line(
         label=label,
         method=records[0].method,
         hosts=records[0].hosts,
         scores={
-            task: mean_interval({task: [record.score for record in answered]}, resamples=resamples)
+            task: mean_interval({task: [record.score for record in answered]}, ends=_ENDS, resamples=resamples)
             for task, answered in by_task.items()
             if answered
         },
         samples={task: len(answered) for task, answered in by_task.items()},
-        mean=mean(lambda record: record.score),
-        difference=paired_difference(ours, theirs, "score", resamples=resamples) if paired else None,
-        nll=mean(lambda record: record.nll),
-        nll_difference=paired_difference(ours, theirs, "nll", resamples=resamples) if paired else None,
+        mean=_mean(by_task, averaged, "score", resamples),
+        difference=_difference(records, others, averaged, "score", resamples),
+        nll=_mean(by_task, tasks, "nll", resamples),
+        nll_difference=_difference(records, others, tasks, "nll", resamples),
     )
+
+
+def _mean(
+    by_task: Mapping[str, list[Record]], tasks: Sequence[str], value: Literal["score", "nll"], resamples: int
+) -> Interval | None:
+    """Return the mean over `tasks`; None if there are none, or one has no answer."""
+    if not tasks or not all(by_task[task] for task in tasks):
+        return None
+    values = {task: [getattr(record, value) for record in by_task[task]] for task in tasks}
+    return mean_interval(values, ends=_ENDS if value == "score" else None, resamples=resamples)
+
+
+def _difference(
+    ours: list[Record], theirs: list[Record], tasks: Sequence[str], value: Literal["score", "nll"], resamples: int
+) -> Interval | None:
+    """Return the difference over `tasks` on what both have answered; None if there are none, or that is none of one."""
+    both = {(r.task, r.seed) for r in ours} & {(r.task, r.seed) for r in theirs}
+    if not tasks or not {task for task, _ in both} >= set(tasks):
+        return None
+    a, b = ([r for r in records if r.task in tasks and (r.task, r.seed) in both] for records in (ours, theirs))
+    return paired_difference(a, b, value, resamples=resamples)
 
 
 def _figure(interval: Interval | None, form: str, factor: float) -> str:

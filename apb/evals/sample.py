@@ -96,6 +96,7 @@ class Desk:
         sources: of texts and words.
         length: the whole budget, document + question + suffix + answer.
         room: tokens that the document has, without its chat prefix.
+        tail: what the chat puts between a question and its answer.
     """
 
     task: str
@@ -104,6 +105,14 @@ class Desk:
     sources: Sources
     length: int
     room: int
+    tail: str = ""
+
+    def question(self, query: str, answer_prefix: str) -> tuple[list[int], list[int]]:
+        """Return the tokens of a question and of its suffix: the tail, and how the answer begins."""
+        # A chat's answer begins a line, so a space before it would be one too many.
+        suffix = self.tail + (answer_prefix.lstrip() if self.tail[-1:].isspace() else answer_prefix)
+        query_ids, suffix_ids = self.tokens.new([query, suffix])
+        return query_ids, suffix_ids
 
     def require(self, tokens: int) -> None:
         """Raise if the document needs more than `room` tokens.
@@ -158,34 +167,13 @@ class Task(ABC):
         """Return how right a prediction is, in [0, 1]."""
 
 
-def make_sample(task: Task | str, tokenizer: Any, *, length: int, seed: int, sources: Sources = Sources()) -> Sample:
-    """Draw a sample; the same arguments give the same sample, in every process.
-
-    The document, its chat prefix included, has `length − task.question_room − task.max_new_tokens` tokens whatever
-    the seed is, so that samples can be batched.
-
-    >>> sample = make_sample("passkey", tokenizer, length=1024, seed=0)
-    >>> sample.prompt.document.shape
-    torch.Size([1, 970])
-
-    Args:
-        task: a task, or its name in `TASKS`.
-        tokenizer: of the model.
-        length: tokens in all: document + question + suffix + `max_new_tokens` ≤ length.
-        seed: any integer.
-        sources: of texts and words.
+def make_sample(task: Task, tokenizer: Any, *, length: int, seed: int, sources: Sources = Sources()) -> Sample:
+    """Draw a sample of a task; `apb.evals.make_sample` also takes a task's name, and explains the arguments.
 
     Raises:
-        ValueError: no such task, a length too short for it, a file that it needs and has not, or a question longer
-            than its room.
+        ValueError: a length too short for it, a file that it needs and has not, or a question longer than its room.
         ImportError: the word lists are not installed.
     """
-    if isinstance(task, str):
-        from apb.evals.tasks import TASKS
-
-        if task not in TASKS:
-            raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {task!r}")
-        task = TASKS[task]
     tokens = Tokens(tokenizer)
     head, tail = chat_frame(tokenizer)
     prefix, end = tokens.known([head, "\n\n"])
@@ -197,12 +185,11 @@ def make_sample(task: Task | str, tokenizer: Any, *, length: int, seed: int, sou
         sources=sources,
         length=length,
         room=document_tokens - len(prefix) - len(end),
+        tail=tail,
     )
     draft = task.write(desk)
     document = [*prefix, *draft.document, *end]
-    # A chat's answer begins a line, so a space before it would be one too many.
-    answer_prefix = draft.answer_prefix.lstrip() if tail[-1:].isspace() else draft.answer_prefix
-    query, suffix, answer = tokens.new([draft.query, tail + answer_prefix, draft.answer])
+    query, suffix = desk.question(draft.query, draft.answer_prefix)
     if len(query) + len(suffix) > task.question_room:
         raise ValueError(
             f"question_room: {task.name} reserves {task.question_room} tokens for the question and what precedes the "
@@ -219,7 +206,7 @@ def make_sample(task: Task | str, tokenizer: Any, *, length: int, seed: int, sou
             prefix_tokens=len(prefix),
         ),
         answer=draft.answer,
-        answer_ids=torch.tensor(answer),
+        answer_ids=torch.tensor(tokens.new([draft.answer])[0]),
         references=draft.references,
         depths=tuple((len(prefix) + position) / document_tokens for position in draft.positions),
         facts=draft.facts,

@@ -12,9 +12,11 @@ from typing import Any, BinaryIO
 
 from apb.evals.record import Key, Record
 
-__all__ = ["Store", "read_records", "read_settings"]
+__all__ = ["Store", "read_records", "read_settings", "write_whole"]
 
 Note = Callable[[str], None]
+
+_UNNOTED = {"samples_version": 1}  # what runs had that did not note it yet
 
 
 class Store:
@@ -153,11 +155,22 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
     return found
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that it appears whole or not at all, whatever stops us; an earlier one stays until then."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def _agree(folder: Path, settings: Mapping[str, Any], labels: Mapping[str, str], run: Mapping[str, Any] | None) -> None:
     """Hold settings against those of earlier runs, and note the new ones."""
     before = read_settings(folder)
+    earlier = _UNNOTED | before["settings"] if before["settings"] else {}
     for name, value in settings.items():
-        known = before["settings"].get(name, value)
+        known = earlier.get(name, value)
         if known != value:
             raise ValueError(
                 f"{name}: the records in {folder} were made with {known!r}, got {value!r}; "
@@ -166,9 +179,7 @@ def _agree(folder: Path, settings: Mapping[str, Any], labels: Mapping[str, str],
     runs = [*before["runs"], dict(run)] if run and dict(run) not in before["runs"] else before["runs"]
     after = {"settings": {**before["settings"], **settings}, "labels": {**before["labels"], **labels}, "runs": runs}
     if after != before or not (folder / "settings.json").exists():
-        new = folder / "settings.json.new"
-        new.write_text(json.dumps(after, indent=2) + "\n")
-        new.replace(folder / "settings.json")  # appears whole or not at all
+        write_whole(folder / "settings.json", json.dumps(after, indent=2) + "\n")
 
 
 def _cut_half_line(path: Path) -> None:

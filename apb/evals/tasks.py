@@ -1,9 +1,12 @@
 """The tasks by name: all 13 of RULER (arXiv 2404.06654) and the six synthetic ones of InfiniteBench (2402.13718)."""
 
+from typing import Any
+
+from apb.evals import sample
 from apb.evals.infinitebench import CodeRun, HiddenDigits, KeyValue, MathCalc, MathFind
 from apb.evals.niah import Needles
 from apb.evals.qa import QuestionAnswering
-from apb.evals.sample import Task, make_sample
+from apb.evals.sample import Sample, Sources, Task
 from apb.evals.variable_tracking import VariableTracking
 from apb.evals.words import CommonWords, FrequentWords
 
@@ -85,3 +88,39 @@ TASKS: dict[str, Task] = {
 
 OFFLINE: tuple[str, ...] = tuple(name for name, task in TASKS.items() if task.needs is None)
 """The tasks that need no file."""
+
+
+def make_sample(
+    task: Task | str,
+    tokenizer: Any,
+    *,
+    length: int,
+    seed: int,
+    sources: Sources = Sources(),  # noqa: B008 (it is frozen)
+) -> Sample:
+    """Draw a sample; the same arguments give the same sample, in every process.
+
+    The document, its chat prefix included, has `length − task.question_room − task.max_new_tokens` tokens whatever
+    the seed is, so that samples can be batched.
+
+    >>> made = make_sample("passkey", tokenizer, length=1024, seed=0)
+    >>> made.prompt.document.shape
+    torch.Size([1, 970])
+
+    Args:
+        task: a task, or its name in `TASKS`.
+        tokenizer: of the model.
+        length: tokens in all: document + question + suffix + `max_new_tokens` ≤ length.
+        seed: any integer.
+        sources: of texts and words.
+
+    Raises:
+        ValueError: no such task, a length too short for it, a file that it needs and has not, or a question longer
+            than its room.
+        ImportError: the word lists are not installed.
+    """
+    if isinstance(task, str):
+        if task not in TASKS:
+            raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {task!r}")
+        task = TASKS[task]
+    return sample.make_sample(task, tokenizer, length=length, seed=seed, sources=sources)

@@ -11,9 +11,21 @@ from apb.methods.ape import APE
 from apb.methods.flash import Flash
 from apb.methods.method import Method
 from apb.methods.minference import MInference
-from apb.methods.names import METHODS, make_method
+from apb.methods.names import METHODS, make_method, split_method
 from apb.methods.ring import Ring
 from apb.methods.star import Star
 from apb.methods.ulysses import Ulysses
 
-__all__ = ["APB", "APE", "METHODS", "Flash", "MInference", "Method", "Ring", "Star", "Ulysses", "make_method"]
+__all__ = [
+    "APB",
+    "APE",
+    "METHODS",
+    "Flash",
+    "MInference",
+    "Method",
+    "Ring",
+    "Star",
+    "Ulysses",
+    "make_method",
+    "split_method",
+]

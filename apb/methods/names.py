@@ -16,7 +16,7 @@ from apb.methods.ring import Ring
 from apb.methods.star import Star
 from apb.methods.ulysses import Ulysses
 
-__all__ = ["METHODS", "Named", "make_method"]
+__all__ = ["METHODS", "Named", "make_method", "split_method"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,11 +27,13 @@ class Named:
         title: what people call it.
         make: makes the method of its settings.
         settings: the names of those that can be given as text, and what reads each.
+        one_host: its methods' `one_host`, known without making one.
     """
 
     title: str
     make: Callable[..., Method]
     settings: dict[str, Callable[[str], Any]] = field(default_factory=dict)
+    one_host: bool = False
 
 
 def _integer(text: str) -> int:
@@ -85,7 +87,7 @@ _PATTERNS: dict[str, tuple[Callable[..., Pattern], dict[str, int]]] = {
 }
 
 METHODS: dict[str, Named] = {
-    "flash": Named(title="Exact attention", make=Flash),
+    "flash": Named(title="Exact attention", make=Flash, one_host=True),
     "ring": Named(title="Ring Attention", make=Ring),
     "ring-zigzag": Named(title="Zigzag Ring Attention", make=lambda **settings: Ring(layout="zigzag", **settings)),
     "ulysses": Named(title="Ulysses", make=Ulysses),
@@ -94,6 +96,7 @@ METHODS: dict[str, Named] = {
     "minference": Named(
         title="MInference",
         make=_minference,
+        one_host=True,
         settings={
             "pattern": str,
             **dict.fromkeys(("vertical", "slash", "sink", "local", "blocks", "dense_below"), int),
@@ -110,6 +113,28 @@ METHODS: dict[str, Named] = {
 }
 
 
+def split_method(text: str) -> tuple[str, dict[str, str]]:
+    """Split a method's text into its name and its settings, neither of them checked.
+
+    >>> split_method("apb: anchor = 1/4, passing=8")
+    ('apb', {'anchor': '1/4', 'passing': '8'})
+
+    Args:
+        text: a name; after a colon, settings as `name=value`, separated by commas. A value may be missing: "".
+
+    Raises:
+        ValueError: a setting that is given twice.
+    """
+    name, _, rest = text.partition(":")
+    settings: dict[str, str] = {}
+    for part in filter(str.strip, rest.split(",")):
+        key, _, value = (side.strip() for side in part.partition("="))
+        if key in settings:
+            raise ValueError(f"{key}: expected it once, got {settings[key]!r} and {value!r} in {text!r}")
+        settings[key] = value
+    return name.strip(), settings
+
+
 def make_method(text: str, **settings: Any) -> Method:
     """Make a method of its name and its settings.
 
@@ -123,16 +148,14 @@ def make_method(text: str, **settings: Any) -> Method:
     Raises:
         ValueError: no such method, no such setting, or a value that it cannot have.
     """
-    name, _, rest = text.partition(":")
+    name, own = split_method(text)
     if name not in METHODS:
         hint = "; separate methods by spaces" if "," in name else ""
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {name!r}{hint}")
-    known, given = METHODS[name], dict(settings)
-    for part in filter(None, rest.split(",")):
-        key, _, value = (side.strip() for side in part.partition("="))
+    known, given = METHODS[name], settings | own
+    for key, value in own.items():
         if key in known.settings and not value:
-            raise ValueError(f"{key}: expected {key}=VALUE, got {part!r}")
-        given[key] = value
+            raise ValueError(f"{key}: expected {key}=VALUE, got {key!r} without a value")
     for key in [key for key in given if key != "backend"]:
         if key not in known.settings:
             takes = ", ".join(known.settings) or "no settings"

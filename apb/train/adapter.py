@@ -21,10 +21,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from apb.bench import environment
-from apb.evals import Sources
+from apb.evals import TASKS, Sources
 from apb.train.adapter_card import adapter_card
 from apb.train.checkpoint import write_whole
 from apb.train.dialogues import IGNORED, Dialogues
+from apb.train.examples import check_lengths
+from apb.train.settings import check_integers, check_positive
 
 __all__ = ["AdapterTraining", "TrainedAdapter", "train_adapter"]
 
@@ -41,7 +43,8 @@ class AdapterTraining:
         batch_tokens: document tokens a step and rank.
         turns: most questions a document.
         rank, alpha: of LoRA; the update is (alpha / rank) · B A.
-        lr: highest learning rate, after `warmup` steps; it then falls to 0 along a cosine.
+        lr: highest learning rate; over the whole run it falls to 0 along a cosine.
+        warmup: steps in which it also rises linearly from 0.
         seed: of the data.
     """
 
@@ -56,6 +59,24 @@ class AdapterTraining:
     lr: float = 1e-3
     warmup: int = 30
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_integers(self, steps=1, batch_tokens=1, turns=1, rank=1, alpha=1, warmup=0)
+        check_positive(self, "lr", *(["minutes"] if self.minutes is not None else []))
+        check_lengths(self.lengths)
+        if not self.tasks or any(task not in TASKS for task in self.tasks):
+            unknown = [task for task in self.tasks if task not in TASKS]
+            raise ValueError(f"tasks: expected some of {', '.join(TASKS)}, got {', '.join(unknown) or 'none'}")
+
+    def rate(self, step: int, done: float) -> float:
+        """Return the learning rate of a step, counted from 0, when a share `done` of the run is over.
+
+        >>> AdapterTraining(tasks=("vt",), lr=1e-3, warmup=10).rate(4, 0.0)
+        0.0005
+        >>> AdapterTraining(tasks=("vt",), lr=1e-3, warmup=10).rate(500, 0.5)
+        0.0005
+        """
+        return self.lr * min(1.0, (step + 1) / max(1, self.warmup)) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,25 +124,11 @@ def train_adapter(
     Raises:
         ValueError: documents longer than the model's positions, or sources of the evaluation.
         ImportError: PEFT is not installed.
+        RuntimeError: the loss is no longer a number; nothing is written.
     """
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise ImportError("peft is needed for adapters; pip install 'apb[train]'") from None
-    positions = model.config.max_position_embeddings
-    if max(training.lengths) > positions:
-        raise ValueError(f"lengths: {max(training.lengths)} tokens, but the model has {positions} positions")
-    if sources.split != "training":
-        raise ValueError(
-            f"sources: expected the 'training' split, got {sources.split!r}; the other one is evaluated on"
-        )
+    _check(model, training, sources, workers)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    torch.manual_seed(training.seed)  # the same initial adapter on every rank
-    adapted = get_peft_model(
-        model,
-        LoraConfig(r=training.rank, lora_alpha=training.alpha, target_modules="all-linear", task_type="CAUSAL_LM"),
-    )
-    adapted.peft_config["default"].base_model_name_or_path = base_model
+    adapted = _add_adapter(model, training, base_model)
     data = Dialogues(
         tokenizer=tokenizer,
         tasks=training.tasks,
@@ -141,15 +148,46 @@ def train_adapter(
     trained = _optimise(model, weights, batches, training, world, log_every, stop, log)
     model.eval()
     if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        half = {name: weight.bfloat16() for name, weight in adapted.state_dict().items()}
-        adapted.save_pretrained(str(out), state_dict=half, save_embedding_layers=False)
-        facts = asdict(training) | {"base_model": base_model, "ranks": world, "environment": environment()}
-        facts |= {"stopped": trained.stopped, "curve": trained.curve}
-        write_whole(out / "training.json", lambda part: part.write_text(json.dumps(facts, indent=2) + "\n"))
-        size = (out / "adapter_model.safetensors").stat().st_size
-        write_whole(out / "README.md", lambda part: part.write_text(adapter_card(facts, size), encoding="utf-8"))
+        _write(adapted, out, asdict(training) | {"base_model": base_model, "ranks": world}, trained)
     return trained
+
+
+def _check(model: Any, training: AdapterTraining, sources: Sources, workers: int) -> None:
+    if workers < 0:
+        raise ValueError(f"workers: expected 0 or more processes, got {workers}")
+    positions = model.config.max_position_embeddings
+    if max(training.lengths) > positions:
+        raise ValueError(f"lengths: {max(training.lengths)} tokens, but the model has {positions} positions")
+    if sources.split != "training":
+        raise ValueError(
+            f"sources: expected the 'training' split, got {sources.split!r}; the other one is evaluated on"
+        )
+
+
+def _add_adapter(model: Any, training: AdapterTraining, base_model: str) -> Any:
+    """Put an untrained adapter into the model, the same one on every rank."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise ImportError("peft is needed for adapters; pip install 'apb[train]'") from None
+    torch.manual_seed(training.seed)
+    adapted = get_peft_model(
+        model,
+        LoraConfig(r=training.rank, lora_alpha=training.alpha, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    adapted.peft_config["default"].base_model_name_or_path = base_model
+    return adapted
+
+
+def _write(adapted: Any, out: Path, facts: dict[str, Any], trained: TrainedAdapter) -> None:
+    """Write the adapter, its facts and its card."""
+    out.mkdir(parents=True, exist_ok=True)
+    half = {name: weight.bfloat16() for name, weight in adapted.state_dict().items()}
+    adapted.save_pretrained(str(out), state_dict=half, save_embedding_layers=False)
+    facts = facts | {"environment": environment(), "stopped": trained.stopped, "curve": trained.curve}
+    write_whole(out / "training.json", lambda part: part.write_text(json.dumps(facts, indent=2) + "\n"))
+    size = (out / "adapter_model.safetensors").stat().st_size
+    write_whole(out / "README.md", lambda part: part.write_text(adapter_card(facts, size), encoding="utf-8"))
 
 
 def _optimise(
@@ -172,9 +210,10 @@ def _optimise(
             done = max(done, (time.perf_counter() - started) / 60 / training.minutes)
         done = _latest(1.0 if reason else done, world, model.device)
         if done >= 1:
+            _means(sums, world, step)
             return TrainedAdapter(curve=curve, stopped=reason or ("time is up" if step < training.steps else None))
         for group in optimizer.param_groups:
-            group["lr"] = training.lr * min(1.0, (step + 1) / training.warmup) * 0.5 * (1 + math.cos(math.pi * done))
+            group["lr"] = training.rate(step, done)
         loss, right, count = _forward(model, ids.to(model.device), targets.to(model.device))
         loss.backward()
         _average(weights, world)
@@ -183,12 +222,26 @@ def _optimise(
         optimizer.zero_grad(set_to_none=True)
         sums += torch.stack((loss.detach(), right / count, torch.ones_like(loss)))
         if (step + 1) % log_every == 0 or step + 1 == training.steps:
-            mean = (sums / sums[2]).tolist()
-            sums.zero_()
+            loss_mean, right_mean = _means(sums, world, step + 1)
             seconds = time.perf_counter() - started
-            curve.append({"step": step + 1, "loss": mean[0], "right": mean[1], "seconds": seconds})
+            curve.append({"step": step + 1, "loss": loss_mean, "right": right_mean, "seconds": seconds})
             log(curve[-1])
     raise AssertionError("batches have no end")
+
+
+def _means(sums: Tensor, world: int, step: int) -> tuple[float, float]:
+    """Return the means of loss and right over steps and ranks since the last call, and begin anew.
+
+    Raises:
+        RuntimeError: the loss is no number, on every rank at once.
+    """
+    if world > 1:
+        dist.all_reduce(sums)
+    loss, right = (sums[:2] / sums[2].clamp(min=1)).tolist()
+    sums.zero_()
+    if not math.isfinite(loss):
+        raise RuntimeError(f"the loss became {loss} before step {step}; start over with a smaller --lr")
+    return loss, right
 
 
 def _latest(done: float, world: int, device: torch.device) -> float:

@@ -10,8 +10,8 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from apb.evals import Sample, Sources, make_sample
-from apb.evals.niah import ask
+from apb.evals import TASKS, Sample, Sources, make_sample
+from apb.evals.niah import Needles, ask
 
 __all__ = ["Dialogue", "Dialogues", "write_dialogue"]
 
@@ -37,7 +37,7 @@ def write_dialogue(tokenizer: Any, sample: Sample, *, turns: int, length: int, d
 
     Args:
         tokenizer: with a chat template.
-        sample: what to begin with.
+        sample: what to begin with, of a task in `TASKS`.
         turns: most questions, ≥ 1. Only needle tasks have more than one.
         length: most tokens.
         draw: chooses what else is asked.
@@ -56,10 +56,10 @@ def write_dialogue(tokenizer: Any, sample: Sample, *, turns: int, length: int, d
         targets.extend([*answer, stop])
 
     learn(sample.answer_ids.tolist())
-    if not sample.task.startswith("niah"):
+    task = TASKS[sample.task]
+    if not isinstance(task, Needles):
         return Dialogue(ids=torch.tensor(ids), targets=torch.tensor(targets))
     frame = tail[: tail.rindex("\n") + 1]  # what stands before an answer's first words
-    kind = "uuid" if sample.task == "niah_multikey_3" else "number"
     # What has been answered could be copied from the answer: only other facts are asked for.
     left = sorted(key for key, values in sample.facts.items() if not set(values) & set(sample.references))
     draw.shuffle(left)
@@ -69,7 +69,7 @@ def write_dialogue(tokenizer: Any, sample: Sample, *, turns: int, length: int, d
         if not keys:
             break
         values = [sample.facts[key] for key in keys]
-        query, prefix = ask(keys, kind, values=max(map(len, values)))
+        query, prefix = ask(keys, task.kind, values=max(map(len, values)))
         asked = [*opening, *tokens(query), *tokens(frame + prefix.lstrip())]
         answer = tokens(" " + ", ".join(value for found in values for value in found))
         if len(ids) + len(asked) + len(answer) + 1 > length:

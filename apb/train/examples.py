@@ -12,6 +12,7 @@ from torch import Tensor
 
 from apb.evals import Sources, make_sample
 from apb.prompt import Prompt
+from apb.train.checkpoint import fingerprint
 
 __all__ = ["Example", "Examples", "GeneratedExamples", "check_lengths", "draw", "listed"]
 
@@ -44,7 +45,7 @@ class Examples(Protocol):
         ...
 
     def facts(self) -> dict[str, str]:
-        """Say what the examples are, for the checkpoint: by these a run is resumed."""
+        """Say what the examples are, the files' contents included: with other facts a run is not resumed."""
         ...
 
 
@@ -90,14 +91,18 @@ class GeneratedExamples:
 
     def facts(self) -> dict[str, str]:
         """Say what the examples are."""
-        haystack = self.sources.haystack
-        return {
+        facts = {
             "data": "generated",
+            "data_seed": str(self.seed),
             "tasks": ",".join(self.tasks),
             "lengths": listed(self.lengths),
-            "haystack": Path(haystack).name if haystack else "none",
+            "haystack": "none",
             "split": self.sources.split,
         }
+        for name in ("haystack", "squad", "hotpotqa"):
+            if (path := getattr(self.sources, name)) is not None:
+                facts |= {name: Path(path).name, f"{name}_sha256": fingerprint(Path(path))}
+        return facts
 
 
 def draw(seed: int, number: int, held_out: bool) -> Random:

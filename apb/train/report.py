@@ -16,6 +16,64 @@ __all__ = ["HEADS_FILE", "curve_picture", "model_card", "write_report"]
 
 HEADS_FILE = "heads.safetensors"
 
+_CARD = """\
+---
+license: apache-2.0
+base_model: {base}
+---
+
+# Retaining heads for {on}
+
+One small network per layer, `fc2(silu(fc1(concat(q, k, v))))` on the projections before RoPE, scores every document
+token per KV head. APB (arXiv 2502.12085) passes on the keys and values with the highest scores. The heads were trained
+as in Locret (arXiv 2410.01805) with the model frozen; the label of a token is the largest scaled attention logit that
+any answer token, in any query head of the group, gives it under full attention.
+
+{done}, {seconds} s on {device}. The tokens had seen {seen}.
+
+## Use
+
+```console
+$ apb generate --model {base}{option} --compressor retaining-head \\
+      --heads {file} --document FILE --query TEXT --hosts 4
+```
+
+The file has the keys of the released APB-Locret checkpoints: `model.layers.{{i}}.self_attn.fc1.weight` and
+`…fc2.weight`.
+
+## What it costs
+
+{parameters:,} parameters, {size:,} bytes; {operations:,} operations for every document token.
+
+## How well it chooses
+
+Overlap of the {share} of the document's tokens with the highest score and the {share} with the highest label, without
+pooling; mean over layers, KV heads and {examples} held-out examples. Query-aware scores, which need no
+training, reach {query_aware:.3f} on the same examples, random ones {random:.3f}.
+
+| Step | Overlap | Loss |
+| ---: | ---: | ---: |
+{points}
+
+| Held-out example | Retaining heads | Query-aware |
+| --- | ---: | ---: |
+{by_example}
+
+## Data and settings
+
+| | |
+| --- | --- |
+{settings}
+
+## Limitations
+
+The overlap says how well the heads imitate the label, not how well the model answers: measure that too. The heads fit
+this model{with_this} only. Trained on examples of up to
+{longest} tokens ({data}), they may choose worse on other questions,
+languages or lengths. Examples ran on one host, so a token had seen the whole document before it; in APB it sees its
+host's anchor, passing blocks and own block.
+"""
+
 
 def write_report(trained: TrainedHeads, out: str | Path, *, dtype: torch.dtype = torch.bfloat16) -> list[Path]:
     """Write heads.safetensors, curve.json, README.md and, if matplotlib is there, curve.png; return their paths."""
@@ -68,68 +126,29 @@ def curve_picture(curve: Curve, path: Path) -> None:
 
 def model_card(trained: TrainedHeads, facts: dict[str, str], *, size: int) -> str:
     """Return the README of the trained heads."""
-    curve, share = trained.curve, f"{trained.curve.fraction:.0%}"
-    parameters = sum(weight.numel() for weight in trained.heads.parameters())
+    curve, parameters = trained.curve, sum(weight.numel() for weight in trained.heads.parameters())
     base, adapter = facts.get("base_model", "the model"), facts.get("adapter", "none")
-    on = base if adapter == "none" else f"{base} with the adapter {adapter}"
-    done = f"{trained.step} of {facts['steps']} steps"
-    points = "\n".join(f"| {p.step} | {p.overlap:.3f} | {p.loss:.4f} |" for p in curve.points)
-    by_example = "\n".join(f"| {name} | {ours:.3f} | {theirs:.3f} |" for name, ours, theirs in curve.examples)
-    settings = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    seen = "the question, embedded behind the prefix" if facts["query_in"] == "anchor" else "the document alone"
-    return f"""---
-license: apache-2.0
-base_model: {base}
----
-
-# Retaining heads for {on}
-
-One small network per layer, `fc2(silu(fc1(concat(q, k, v))))` on the projections before RoPE, scores every document
-token per KV head. APB (arXiv 2502.12085) passes on the keys and values with the highest scores. The heads were trained
-as in Locret (arXiv 2410.01805) with the model frozen; the label of a token is the largest scaled attention logit that
-any answer token, in any query head of the group, gives it under full attention.
-
-{done}, {facts["training_seconds"]} s on {facts["device"]}. The tokens had seen {seen}.
-
-## Use
-
-```console
-$ apb generate --model {base}{"" if adapter == "none" else f" --adapter {adapter}"} --compressor retaining-head \\
-      --heads {HEADS_FILE} --document FILE --query TEXT --hosts 4
-```
-
-The file has the keys of the released APB-Locret checkpoints: `model.layers.{{i}}.self_attn.fc1.weight` and
-`…fc2.weight`.
-
-## What it costs
-
-{parameters:,} parameters, {size:,} bytes; {2 * parameters:,} operations for every document token.
-
-## How well it chooses
-
-Overlap of the {share} of the document's tokens with the highest score and the {share} with the highest label, without
-pooling; mean over layers, KV heads and {len(curve.examples)} held-out examples. Query-aware scores, which need no
-training, reach {curve.query_aware:.3f} on the same examples, random ones {curve.fraction:.3f}.
-
-| Step | Overlap | Loss |
-| ---: | ---: | ---: |
-{points}
-
-| Held-out example | Retaining heads | Query-aware |
-| --- | ---: | ---: |
-{by_example}
-
-## Data and settings
-
-| | |
-| --- | --- |
-{settings}
-
-## Limitations
-
-The overlap says how well the heads imitate the label, not how well the model answers: measure that too. The heads fit
-this model{"" if adapter == "none" else " with this adapter"} only. Trained on examples of up to
-{max(map(int, facts["lengths"].split(",")))} tokens ({facts["data"]}), they may choose worse on other questions,
-languages or lengths. Examples ran on one host, so a token had seen the whole document before it; in APB it sees its
-host's anchor, passing blocks and own block.
-"""
+    plain = adapter == "none"
+    return _CARD.format(
+        base=base,
+        on=base if plain else f"{base} with the adapter {adapter}",
+        option="" if plain else f" --adapter {adapter}",
+        with_this="" if plain else " with this adapter",
+        done=f"{trained.step} of {facts['steps']} steps",
+        seconds=facts["training_seconds"],
+        device=facts["device"],
+        seen="the question, embedded behind the prefix" if facts["query_in"] == "anchor" else "the document alone",
+        file=HEADS_FILE,
+        parameters=parameters,
+        operations=2 * parameters,
+        size=size,
+        share=f"{curve.fraction:.0%}",
+        random=curve.fraction,
+        query_aware=curve.query_aware,
+        examples=len(curve.examples),
+        points="\n".join(f"| {p.step} | {p.overlap:.3f} | {p.loss:.4f} |" for p in curve.points),
+        by_example="\n".join(f"| {name} | {ours:.3f} | {theirs:.3f} |" for name, ours, theirs in curve.examples),
+        settings="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
+        longest=max(map(int, facts["lengths"].split(","))),
+        data=facts["data"],
+    )

@@ -2,8 +2,9 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,12 @@ from torch import Tensor
 
 from apb.hf import model_shape
 from apb.train.checkpoint import check_same_run, load_state, save_state
-from apb.train.examples import Examples
+from apb.train.examples import Example, Examples
 from apb.train.heads import StackedHeads
 from apb.train.overlap import Curve, evaluate
 from apb.train.prefetch import prefetch
 from apb.train.settings import HeadTraining
-from apb.train.step import train_step
+from apb.train.step import make_optimizer, train_step
 
 __all__ = ["HeadProgress", "TrainedHeads", "train_heads"]
 
@@ -89,9 +90,8 @@ def train_heads(
 
     Raises:
         ValueError: examples longer than the model's positions, or a state of another run.
-        RuntimeError: the loss is no longer a number.
+        RuntimeError: the loss is no longer a number; the last state that was saved is left as it is.
     """
-    out, shape = Path(out), model_shape(model.config)
     if save_every < 1:
         raise ValueError(f"save_every: expected at least 1 step, got {save_every}")
     if workers < 0:
@@ -100,87 +100,168 @@ def train_heads(
     if examples.longest > positions:
         raise ValueError(f"lengths: expected at most {positions}, the model's positions, got {examples.longest}")
     model.requires_grad_(False)
-    heads = StackedHeads(shape, width=training.width, seed=training.seed).to(model.device)
-    optimizer = torch.optim.AdamW(
-        heads.parameters(),
-        lr=training.learning_rate,
-        betas=training.betas,
-        weight_decay=training.weight_decay,
-        fused=model.device.type == "cuda",
+    run = _begin(model, examples, training, Path(out), about or {}, resume)
+    stopped = _train(run, examples, save_every, workers, stop, on_progress)
+    return TrainedHeads(
+        heads=run.heads, step=run.step, curve=run.curve, seconds=run.seconds, stopped=stopped, facts=run.facts
     )
-    settings = {name: str(value) for name, value in asdict(training).items()}
-    sizes = {"layers": shape.layers, "q_heads": shape.heads, "kv_heads": shape.kv_heads, "head_dim": shape.head_dim}
-    facts = {**(about or {}), **{name: str(size) for name, size in sizes.items()}, **settings, **examples.facts()}
+
+
+def _train(
+    run: "_Run",
+    examples: Examples,
+    save_every: int,
+    workers: int,
+    stop: Callable[[], str | None],
+    on_progress: Callable[[HeadProgress], None],
+) -> str | None:
+    """Do the steps that are left; return why the run ended early, or None."""
+    training, losses = run.training, _Losses()
+    for example in prefetch(examples, range(run.step, training.steps), workers=workers):
+        loss = train_step(run.model, run.heads, run.optimizer, example, training, run.step)
+        losses.add(loss, example)
+        run.step += 1
+        last = run.step == training.steps
+        if losses.due or last:
+            on_progress(losses.report(run))
+        reason = None if last else stop()
+        with losses.paused():
+            if last or run.step % training.eval_every == 0:
+                run.measure()
+            if last or reason or run.step % save_every == 0:
+                losses.check(run)
+                run.save()
+        if reason:
+            if run.curve.points[-1].step != run.step:
+                run.measure()  # for the report; the saved curve keeps to its own steps
+            return reason
+    return None
+
+
+@dataclass(kw_only=True)
+class _Run:
+    """A run between two steps."""
+
+    model: Any
+    training: HeadTraining
+    held_out: Sequence[Example]
+    out: Path
+    facts: Mapping[str, str]
+    heads: StackedHeads
+    optimizer: torch.optim.Optimizer
+    curve: Curve
+    step: int = 0
+    started: float = field(default_factory=time.monotonic)
+    """When it would have begun, had it never been interrupted."""
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    def measure(self) -> None:
+        at = {"step": self.step, "seconds": self.seconds}
+        evaluate(self.model, self.heads, self.held_out, self.training, self.curve, at)
+
+    def save(self) -> None:
+        state = {
+            "facts": dict(self.facts),
+            "step": self.step,
+            "heads": self.heads.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "curve": self.curve.as_json(),
+            "seconds": self.seconds,
+        }
+        save_state(self.out, state)
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        check_same_run(state["facts"], self.facts, self.out)
+        self.step, self.curve = state["step"], Curve.from_json(state["curve"])
+        self.started -= state["seconds"]
+        self.heads.load_state_dict(state["heads"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+def _begin(
+    model: Any, examples: Examples, training: HeadTraining, out: Path, about: Mapping[str, str], resume: bool | None
+) -> _Run:
+    """Go on with the run in `out`, or begin one by measuring the untrained heads."""
     state = None if resume is False else load_state(out)
     if resume and state is None:
         raise ValueError(f"resume: expected the state of a run in {out}, got none; leave --resume out to start one")
-    first, curve, seconds = 0, Curve(fraction=training.eval_fraction), 0.0
+    shape = model_shape(model.config)
+    sizes = {"layers": shape.layers, "q_heads": shape.heads, "kv_heads": shape.kv_heads, "head_dim": shape.head_dim}
+    settings = {name: str(value) for name, value in (sizes | asdict(training)).items()}
+    heads = StackedHeads(shape, width=training.width, seed=training.seed).to(model.device)
+    run = _Run(
+        model=model,
+        training=training,
+        held_out=[examples.make(number, held_out=True) for number in range(training.eval_examples)],
+        out=out,
+        facts={**about, **settings, **examples.facts()},
+        heads=heads,
+        optimizer=make_optimizer(heads, training),
+        curve=Curve(fraction=training.eval_fraction),
+    )
     if state is not None:
-        check_same_run(state["facts"], facts, out)
-        first, curve, seconds = state["step"], Curve.from_json(state["curve"]), state["seconds"]
-        heads.load_state_dict(state["heads"])
-        optimizer.load_state_dict(state["optimizer"])
+        run.restore(state)
     out.mkdir(parents=True, exist_ok=True)
+    if run.step == 0:
+        run.measure()
+    return run
 
-    started = time.monotonic() - seconds
-    held_out = [examples.make(number, held_out=True) for number in range(training.eval_examples)]
 
-    def measure(step: int) -> None:
-        evaluate(model, heads, held_out, training, curve, {"step": step, "seconds": time.monotonic() - started})
+class _Losses:
+    """The steps since the last report: their losses, tokens and time."""
 
-    def save(step: int) -> None:
-        save_state(
-            out,
-            {
-                "facts": facts,
-                "step": step,
-                "heads": heads.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "curve": curve.as_json(),
-                "seconds": time.monotonic() - started,
-            },
+    def __init__(self) -> None:
+        self._forget()
+
+    def _forget(self) -> None:
+        self.losses: list[Tensor] = []
+        self.tokens, self.since, self.latest = 0, time.monotonic(), ""
+
+    def add(self, loss: Tensor, example: Example) -> None:
+        self.losses.append(loss)
+        self.tokens += example.prompt.document.shape[1]
+        self.latest = example.name
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time for a report."""
+        return len(self.losses) == _LOG_EVERY or time.monotonic() - self.since > _LOG_SECONDS
+
+    def check(self, run: _Run) -> float:
+        """Return the mean loss; raise if it, or a weight, is no number: such heads are not worth saving."""
+        loss = float(torch.stack(self.losses).mean()) if self.losses else 0.0
+        if not math.isfinite(loss):
+            wrong = f"the loss became {loss}"
+        elif not all(bool(weight.isfinite().all()) for weight in run.heads.parameters()):
+            wrong = "a weight became infinite or nan"
+        else:
+            return loss
+        raise RuntimeError(
+            f"{wrong} before step {run.step} ({self.latest}); start over with a smaller --learning-rate, or with "
+            f"--dtype float32"
         )
 
-    if first == 0:
-        measure(0)
-    step, reason = first, None
-    losses: list[Tensor] = []
-    since, tokens = time.monotonic(), 0
-    for example in prefetch(examples, range(first, training.steps), workers=workers):
-        losses.append(train_step(model, heads, optimizer, example, training, step))
-        step += 1
-        tokens += example.prompt.document.shape[1]
-        spent = time.monotonic() - since
-        if len(losses) == _LOG_EVERY or spent > _LOG_SECONDS or step == training.steps:
-            loss = float(torch.stack(losses).mean())
-            if not math.isfinite(loss):
-                raise RuntimeError(
-                    f"the loss became {loss} before step {step} ({example.name}); start over with a smaller "
-                    f"--learning-rate, or with --dtype float32"
-                )
-            spent = time.monotonic() - since  # with the wait
-            on_progress(
-                HeadProgress(
-                    step=step,
-                    steps=training.steps,
-                    loss=loss,
-                    overlap=curve.points[-1].overlap,
-                    tokens_per_s=tokens / spent,
-                    seconds_left=(training.steps - step) * spent / len(losses),
-                )
-            )
-            losses, since, tokens = [], time.monotonic(), 0
-        reason = stop() if step < training.steps else None
-        paused = time.monotonic()
-        if step % training.eval_every == 0 or step == training.steps:
-            measure(step)
-        if reason or step % save_every == 0 or step == training.steps:
-            save(step)
-        since += time.monotonic() - paused
-        if reason:
-            if curve.points[-1].step != step:
-                measure(step)  # for the report; the saved curve keeps to its own steps
-            break
-    return TrainedHeads(
-        heads=heads, step=step, curve=curve, seconds=time.monotonic() - started, stopped=reason, facts=facts
-    )
+    def report(self, run: _Run) -> HeadProgress:
+        """Say how far the run is, and begin anew."""
+        loss = self.check(run)
+        spent = time.monotonic() - self.since  # with the wait for the device
+        progress = HeadProgress(
+            step=run.step,
+            steps=run.training.steps,
+            loss=loss,
+            overlap=run.curve.points[-1].overlap,
+            tokens_per_s=self.tokens / spent,
+            seconds_left=(run.training.steps - run.step) * spent / len(self.losses),
+        )
+        self._forget()
+        return progress
+
+    @contextmanager
+    def paused(self) -> Generator[None]:
+        """Leave what happens inside out of the time."""
+        begun = time.monotonic()
+        yield
+        self.since += time.monotonic() - begun

@@ -2,9 +2,9 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-__all__ = ["Decay", "HeadTraining", "SeenIn"]
+__all__ = ["Decay", "HeadTraining", "SeenIn", "check_integers", "check_positive"]
 
 Decay = Literal["linear", "constant"]
 SeenIn = Literal["anchor", "after"]
@@ -48,13 +48,8 @@ class HeadTraining:
     eval_fraction: float = 0.1
 
     def __post_init__(self) -> None:
-        for name, least in (("width", 1), ("steps", 1), ("warmup", 0), ("eval_every", 1), ("eval_examples", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}: expected an integer ≥ {least}, got {value!r}")
-        for name in ("learning_rate", "clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: expected a number > 0, got {getattr(self, name)!r}")
+        check_integers(self, width=1, steps=1, warmup=0, eval_every=1, eval_examples=1)
+        check_positive(self, "learning_rate", "clip")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas: expected two numbers, 0 ≤ beta < 1, got {self.betas}")
         for name in ("weight_decay", "smoothing"):
@@ -79,3 +74,18 @@ class HeadTraining:
         if self.decay == "constant":
             return self.learning_rate
         return self.learning_rate * max(0.0, (self.steps - step) / max(1, self.steps - self.warmup))
+
+
+def check_integers(settings: Any, **least: int) -> None:
+    """Raise unless each named setting is an integer of at least so much."""
+    for name, bound in least.items():
+        value = getattr(settings, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < bound:
+            raise ValueError(f"{name}: expected an integer ≥ {bound}, got {value!r}")
+
+
+def check_positive(settings: Any, *names: str) -> None:
+    """Raise unless each named setting is a finite number above 0."""
+    for name in names:
+        if not 0 < getattr(settings, name) < math.inf:
+            raise ValueError(f"{name}: expected a number > 0, got {getattr(settings, name)!r}")

@@ -10,9 +10,20 @@ from apb.train.heads import StackedHeads, retaining_loss
 from apb.train.labels import Observed, observe
 from apb.train.settings import HeadTraining
 
-__all__ = ["backward", "train_step"]
+__all__ = ["backward", "make_optimizer", "train_step"]
 
 _ACTIVATION_BYTES = 2 << 30  # of the layers whose hidden units are held at once
+
+
+def make_optimizer(heads: StackedHeads, training: HeadTraining) -> torch.optim.Optimizer:
+    """Return AdamW over the heads; `train_step` sets its rate."""
+    return torch.optim.AdamW(
+        heads.parameters(),
+        lr=training.learning_rate,
+        betas=training.betas,
+        weight_decay=training.weight_decay,
+        fused=heads.fc1.is_cuda,
+    )
 
 
 def train_step(

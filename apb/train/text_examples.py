@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from apb.prompt import Prompt, chat_frame
+from apb.train.checkpoint import fingerprint
 from apb.train.examples import Example, check_lengths, draw, listed
 
 __all__ = ["TextExamples"]
@@ -97,6 +98,8 @@ class TextExamples:
         """Say what the examples are."""
         return {
             "data": ",".join(path.name for path in self.paths),
+            "data_sha256": ",".join(map(fingerprint, self.paths)),
+            "data_seed": str(self.seed),
             "data_tokens": listed([len(ids) for ids in self.texts]),
             "lengths": listed(self.lengths),
             "query_tokens": str(self.query_tokens),
