@@ -15,10 +15,10 @@ from jaxtyping import Int
 from torch import Tensor
 
 from apb.context import Trace
-from apb.decoding import OnToken, decode
+from apb.decoding import OnToken, check_new_tokens, decode
 from apb.digest import digest
 from apb.generation import Generation
-from apb.hf import model_shape
+from apb.hf import check_positions, model_shape
 from apb.memory import PeakMemory
 from apb.methods import Method
 from apb.parallel.host import Host
@@ -81,6 +81,7 @@ class Conversation:
         query: Int[Tensor, "batch query"] | None = None,
         *,
         prefix_tokens: int = 0,
+        room: int = 0,
     ) -> ContextPlan:
         """Make the plan and prefill the document.
 
@@ -88,9 +89,11 @@ class Conversation:
             document: its token ids, the same on every host.
             query: the first question's token ids, for methods whose prefill reads it; None plans without a question.
             prefix_tokens: how many tokens of the document the query must not precede.
+            room: how many tokens the longest question and its answer will have, if that is known.
 
         Raises:
-            ValueError: an empty document, a second one, or a plan that is not possible.
+            ValueError: an empty document, a second one, a plan that is not possible, or more tokens than the model has
+                positions.
             PlanMismatch: the hosts came with different documents, methods or models.
             HostFailed: another host failed.
         """
@@ -109,6 +112,7 @@ class Conversation:
                 query=query.shape[-1],
                 query_offset=prefix_tokens,
             )
+            check_positions(self.model.config, plan.next_position + max(room, query.shape[-1]))
         host.agree((plan, self.method, shape, digest(document, query)), what="plan")
         self._memory = PeakMemory(host.device)
         session = Session(self.model, self.method, plan, host, trace=trace, on_layer=partial(self._told, "prefill"))
@@ -150,11 +154,12 @@ class Conversation:
         sampling = sampling or Sampling()
         if self._session is None:
             raise ValueError("ask: nothing has been prefilled; call prefill(document) first")
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
+        check_new_tokens(max_new_tokens)
         if query.shape[-1] == 0:
             raise ValueError("query: it is empty; expected at least 1 token")
         sampling.check_rows(len(query))
+        rows = query.shape[-1] + suffix.shape[-1] + max_new_tokens
+        check_positions(self.model.config, self._session.document_end + rows)
         agreed = (digest(query, suffix), max_new_tokens, tuple(stop_tokens), sampling)
         self.host.agree(agreed, what="question")
         same = torch.equal(query.cpu(), self._query.cpu())

@@ -10,9 +10,15 @@ from apb.parallel.host import Host
 from apb.sampling import Sampling
 from apb.session import Session
 
-__all__ = ["OnToken", "decode"]
+__all__ = ["OnToken", "check_new_tokens", "decode"]
 
 OnToken = Callable[[int, Tensor], Sequence[bool] | None]
+
+
+def check_new_tokens(max_new_tokens: int) -> None:
+    """Raise unless it is an integer ≥ 1."""
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens!r}")
 
 
 def decode(

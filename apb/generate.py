@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from apb.conversation import Conversation
-from apb.decoding import OnToken
+from apb.decoding import OnToken, check_new_tokens
 from apb.digest import digest
 from apb.generation import Generation
 from apb.methods import Method
@@ -58,8 +58,7 @@ def generate(
         PlanMismatch: the hosts came with different prompts, methods or models.
         HostFailed: another host failed.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
+    check_new_tokens(max_new_tokens)
     for name in ("document", "query"):
         if getattr(prompt, name).shape[-1] == 0:
             raise ValueError(f"{name}: it is empty; expected at least 1 token")
@@ -69,7 +68,8 @@ def generate(
     conversation = Conversation(
         model, method, host, on_phase=on_phase, timed=timed, keep_indices=keep_indices, keep_layer=keep_layer
     )
-    conversation.prefill(prompt.document, prompt.query, prefix_tokens=prompt.prefix_tokens)
+    room = prompt.query.shape[-1] + prompt.suffix.shape[-1] + max_new_tokens
+    conversation.prefill(prompt.document, prompt.query, prefix_tokens=prompt.prefix_tokens, room=room)
     return conversation.ask(
         prompt.query,
         prompt.suffix,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from apb.costs import ModelShape
 
-__all__ = ["Attends", "model_shape", "register", "run_layers", "share_weights"]
+__all__ = ["Attends", "check_positions", "model_shape", "register", "run_layers", "share_weights"]
 
 IMPLEMENTATION = "apb"
 
@@ -84,6 +84,20 @@ def run_layers(
         use_cache=False,
         apb=attends,
     ).last_hidden_state
+
+
+def check_positions(config: Any, tokens: int) -> None:
+    """Refuse more tokens than the model has positions.
+
+    Raises:
+        ValueError: naming both numbers.
+    """
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and tokens > positions:
+        raise ValueError(
+            f"document: with its question and at most so many new tokens it needs {tokens} positions, the model has "
+            f"{positions}; shorten the document or lower max_new_tokens, or set the model's RoPE scaling"
+        )
 
 
 def share_weights(model: Any) -> Any:

@@ -12,6 +12,7 @@ from torch import Tensor
 from apb.adapter import check_adapter
 from apb.attend import Backend
 from apb.conversation import Conversation
+from apb.decoding import check_new_tokens
 from apb.device import pick_device, pick_dtype
 from apb.generate import generate_batch
 from apb.generation import Generation
@@ -158,8 +159,7 @@ def check_job(job: Job) -> None:
     """
     if not 0 < job.timeout_s <= 1e6:
         raise ValueError(f"timeout: expected seconds, more than 0 and at most 1e6, got {job.timeout_s}")
-    if job.max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens: expected at least 1, got {job.max_new_tokens}")
+    check_new_tokens(job.max_new_tokens)
     documents = [("document", document) for document in (job.document, *(document for document, _ in job.more))]
     for name, text in (*documents, *(("query", query) for query in job.queries)):
         if not text.strip():

@@ -214,6 +214,9 @@ def test_the_command_trains_and_says_where(tokenizer, tmp_path, capsys):
     line = ["train-adapter", "--model", str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--tasks", "vt"]
     assert main([*line, "--length", "640", "--steps", "2", "--batch-tokens", "640", "--workers", "0"]) == 0
     assert f"The adapter is in {tmp_path / 'out'}." in capsys.readouterr().out
+    assert main([*line, "--length", "640"]) == 2
+    assert "--out: expected a new or empty directory" in capsys.readouterr().err
+    line[4] = str(tmp_path / "another")
     for more, says in (
         (("--steps", "0"), "steps: expected an integer ≥ 1, got 0"),
         (("--minutes", "0"), "minutes: expected a number > 0, got 0.0"),

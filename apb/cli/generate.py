@@ -166,7 +166,7 @@ def describe(report: Report, *, answered: bool = False) -> str:
     plan = report.plan
     lines = [] if answered else [f"Answer: {report.answer}"]
     if report.further:
-        return "\n".join([f"Question: {report.query}", *lines, _FURTHER[report.sound], "", _times(report)])
+        return "\n".join([f"Question: {report.query}", *lines, _further(report), "", _times(report)])
     lines += [
         f"{report.title} on {report.host_kind} ({report.hosts[0].device}), "
         f"{plan.tokens} document tokens, {report.wall_s:.1f} s in all",
@@ -201,11 +201,14 @@ def _times(report: Report) -> str:
     return table(("ms on host", *(f"{name}*" if name in PREFILL_PHASES else name for name in phases)), times)
 
 
-_FURTHER = {
-    True: "On the first question's prefill, which did not read it: as exact as on a prefill of its own.",
-    False: "On the first question's prefill, which chose its caches for that one: an approximation beyond the\n"
-    "method's own. Caches for any question: --query-in after, with a compressor that reads none, such as snapkv.",
-}
+def _further(report: Report) -> str:
+    """Say what a further question's answer is worth."""
+    if report.sound:
+        return "On the first question's prefill, which serves this one as well: as exact as on a prefill of its own."
+    return (
+        "On the first question's prefill, which chose its caches for that one: an approximation beyond the\n"
+        "method's own. Caches for any question: --query-in after, with a compressor that reads none, such as snapkv."
+    )
 
 
 def read_text(path: str) -> str:

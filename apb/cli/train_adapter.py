@@ -54,6 +54,8 @@ def run(arguments: argparse.Namespace) -> int:
         lengths=tuple(arguments.length),
         **{name: getattr(arguments, name) for name in names},
     )
+    if arguments.out.exists() and (not arguments.out.is_dir() or any(arguments.out.iterdir())):
+        raise ValueError(f"--out: expected a new or empty directory, got {arguments.out}; nothing is overwritten")
     rank, local = int(os.environ.get("RANK", 0)), f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     device = pick_device(local if arguments.device == "auto" and torch.cuda.is_available() else arguments.device)
     if "RANK" in os.environ:

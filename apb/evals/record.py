@@ -10,6 +10,13 @@ __all__ = ["FULL", "Key", "Record"]
 FULL = "flash"
 """Full attention on one host: the method that every other is held against."""
 
+_KINDS: dict[str, Any] = {
+    **dict.fromkeys(("model", "method", "task", "prediction"), str),
+    **dict.fromkeys(("hosts", "length", "seed"), int),
+    **dict.fromkeys(("score", "nll"), (int, float)),
+    "references": list,
+}
+
 Key = tuple[str, str, int, int, str, int]
 """Model, method, hosts, length, task and seed: what tells one record from another."""
 
@@ -65,4 +72,8 @@ class Record:
             got = sorted(values) if isinstance(values, dict) else type(values).__name__
             raise ValueError(f"record: expected the fields {', '.join(sorted(names))}, got {got}")
         nll = math.nan if values["nll"] is None else values["nll"]
+        for name, kind in _KINDS.items():
+            value = nll if name == "nll" else values[name]
+            if isinstance(value, bool) or not isinstance(value, kind):
+                raise ValueError(f"record: {name} is {value!r}, a {type(value).__name__}")
         return cls(**values | {"nll": nll, "references": tuple(values["references"])})
