@@ -9,8 +9,10 @@ from apb.evals.sample import Sample
 from apb.generate import generate
 from apb.hf import share_weights
 from apb.methods import APB, APE, Flash, MInference, Ring, Star, Ulysses
-from apb.parallel import run_threads
+from apb.parallel import ThreadHost, run_threads
+from apb.parallel.meeting import Group
 from apb.prompt import Prompt
+from apb.session import Session
 from apb.testing.tiny import tiny_model
 
 METHODS = {
@@ -57,8 +59,6 @@ def test_answers_and_likelihoods_are_those_of_all_hosts(name):
         assert answer.tokens == alone.tokens[0].tolist()
 
         def likelihood(host, one=one):
-            from apb.session import Session
-
             p = one.prompt
             plan = method.plan(tokens=61, hosts=hosts, query=5, query_offset=2)
             session = Session(share_weights(model), method, plan, host)
@@ -71,6 +71,26 @@ def test_answers_and_likelihoods_are_those_of_all_hosts(name):
             return torch.stack(nll).mean().item()
 
         assert answer.nll == pytest.approx(run_threads(hosts, likelihood)[0], abs=1e-4)
+
+
+def test_joined_hosts_forget_the_question_as_they_would_apart():
+    """The question's keys stand last on host 0, the owner in zigzag: joined, they must stand behind all others'."""
+    method, model, prompt = METHODS["apb-spava"], tiny_model(), sample(0).prompt
+    lengths = {"tokens": 61, "query": 5, "query_offset": 2}
+
+    def prefilled(host):
+        session = Session(share_weights(model), method, method.plan(hosts=3, **lengths), host)
+        session.prefill(prompt.document, prompt.query)
+        return session
+
+    def asked_anew(session):
+        session.rewind()
+        return session.extend(prompt.suffix)
+
+    alone = ThreadHost(Group(1, 60.0), 0, model.device)
+    joined = Session.join(run_threads(3, prefilled), method.plan(hosts=1, **lengths), alone)
+    apart = run_threads(3, lambda host: asked_anew(prefilled(host)))[0]
+    torch.testing.assert_close(asked_anew(joined), apart, atol=1e-4, rtol=1e-4)
 
 
 def test_an_answer_ends_before_its_stop_token():

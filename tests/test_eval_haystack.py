@@ -70,7 +70,7 @@ def test_depths_are_distinct_and_in_order(count, seed):
 
 def test_a_needle_stands_at_the_boundary_nearest_to_its_depth():
     for depth in (0.0, 0.25, 0.5, 0.9, 1.0):
-        _, (at,) = haystack.hide([["needle"]], [depth], numbered([5]), 101)
+        _, (at,) = haystack.hide([["needle"] * 20], [depth], numbered([5]), 120)
         assert at == min(range(5, 101, 5), key=lambda end: abs(end - depth * 100))
 
 

@@ -153,6 +153,12 @@ def test_equal_answers_differ_by_nothing_but_may_on_other_questions():
     assert paired_difference(records([0.0] * 20), records([1.0] * 20)).excludes_zero  # all of twenty changed
 
 
+def test_pairs_are_of_one_question_whatever_the_order():
+    values = np.random.default_rng(0).random(50)
+    mine, theirs = records(values), records(values, "flash")
+    assert paired_difference(mine, theirs[::-1]) == paired_difference(mine, theirs)
+
+
 def test_likelihoods_differ_by_a_constant():
     values = np.full(20, 0.25)
     found = paired_difference(records(values, nll=0.5), records(values, "flash"), "nll")

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from apb.testing.bugs import BUGS as APB_BUGS
+from apb.testing.eval_bugs import EVAL_BUGS
 from apb.testing.method_bugs import METHOD_BUGS
 
-BUGS = (*APB_BUGS, *METHOD_BUGS)
+BUGS = (*APB_BUGS, *METHOD_BUGS, *EVAL_BUGS)
 ROOT = Path(__file__).parents[1]
 # A failure is all we want to see, not its smallest example.
 PROFILE = """
@@ -39,8 +40,10 @@ def test_every_bug_has_a_name_of_its_own():
 def test_a_planted_bug_is_noticed(bug, tmp_path):
     shutil.copytree(ROOT / "apb", tmp_path / "apb", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "tests").mkdir()
-    test, *selection = shlex.split(bug.tests)
-    for name in (test, "tests/attention_cases.py", "pyproject.toml"):
+    files, *selection = shlex.split(bug.tests)
+    tests = sorted(path.relative_to(ROOT) for path in ROOT.glob(files))
+    helpers = (f"tests/{path.name}" for path in ROOT.glob("tests/*.py") if not path.name.startswith("test_"))
+    for name in (*tests, *helpers, "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "tests" / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text() + PROFILE)
 
@@ -51,7 +54,8 @@ def test_a_planted_bug_is_noticed(bug, tmp_path):
     )
     source.write_text(text.replace(bug.old, bug.new))
 
-    command = [sys.executable, "-m", "pytest", test, *selection, "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    options = ("-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist")
+    command = [sys.executable, "-m", "pytest", *tests, *selection, *options]
     environment = os.environ | {"PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 1, f"not noticed (exit code {ended.returncode}):\n{ended.stdout[-2000:]}{ended.stderr}"

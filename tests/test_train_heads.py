@@ -1,58 +1,26 @@
-"""Training retaining heads: labels and loss against plain loops, what is trained is what runs, runs can be resumed."""
+"""Training retaining heads: labels, loss and step against plain loops, and what is trained is what runs."""
 
-import argparse
 import copy
-import hashlib
 import json
 import math
-import multiprocessing
-import os
-import signal
 from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors import safe_open
-from small_tokenizer import ESTHER, small_tokenizer
+from training_cases import QUICK, Drawn
 
-from apb.cli import main
-from apb.cli import train_heads as train_heads_command
 from apb.compress import Candidates, Projections, load_retaining_head
-from apb.evals import Sources
 from apb.hf import model_shape
-from apb.prompt import Prompt
 from apb.testing.tiny import tiny_model
-from apb.train.checkpoint import check_same_run, load_state, write_whole
-from apb.train.examples import Example, GeneratedExamples
+from apb.train.examples import Example
 from apb.train.heads import StackedHeads, retaining_loss
 from apb.train.labels import Observed, observe
 from apb.train.overlap import top_overlap
-from apb.train.prefetch import prefetch
 from apb.train.report import write_report
 from apb.train.retaining_heads import train_heads
 from apb.train.settings import HeadTraining
 from apb.train.step import backward, make_optimizer, train_step
-from apb.train.text_examples import TextExamples
-
-
-class Drawn:
-    """Random tokens in the place of `apb.evals`."""
-
-    longest = 60
-
-    def make(self, number, *, held_out=False):
-        generator = torch.Generator().manual_seed(2 * number + held_out)
-        document, query, suffix, answer = torch.randint(97, (1, 60), generator=generator).split((44, 5, 3, 8), dim=1)
-        prompt = Prompt(document=document, query=query, suffix=suffix, prefix_tokens=2)
-        return Example(prompt=prompt, answer=answer, name=f"draw {number}")
-
-    def facts(self):
-        return {"data": "drawn", "lengths": "60"}
-
-
-QUICK = HeadTraining(width=16, steps=9, warmup=2, eval_every=4, eval_examples=2)
 
 
 def layer_inputs(model, ids):
@@ -156,115 +124,6 @@ def test_training_raises_the_overlap_above_random_and_above_untrained_heads(tmp_
     assert reports[-1].seconds_left == 0 and reports[0].loss > reports[-1].loss
 
 
-def stop_at(step):
-    """Make a `stop` that ends a run after so many steps."""
-    asked = iter(range(1, 1000))
-    return lambda: "time is up" if next(asked) == step else None
-
-
-@pytest.mark.parametrize("at", [1, 4, 8])
-def test_a_resumed_run_ends_with_the_same_weights(tmp_path, at):
-    whole = train_heads(tiny_model(), Drawn(), QUICK, tmp_path / "whole")
-    part = train_heads(tiny_model(), Drawn(), QUICK, tmp_path / "part", stop=stop_at(at))
-    assert (part.step, part.stopped) == (at, "time is up")
-    assert part.curve.points[-1].step == at
-    rest = train_heads(tiny_model(), Drawn(), QUICK, tmp_path / "part")
-    assert (rest.step, rest.stopped) == (9, None)
-    for name in ("fc1", "fc2"):
-        assert torch.equal(getattr(rest.heads, name), getattr(whole.heads, name))
-    assert [(p.step, p.overlap) for p in rest.curve.points] == [(p.step, p.overlap) for p in whole.curve.points]
-    again = train_heads(tiny_model(), Drawn(), QUICK, tmp_path / "part")  # nothing is left to do
-    assert torch.equal(again.heads.fc1, whole.heads.fc1) and again.step == 9
-    assert len(again.curve.points) == len(whole.curve.points)
-
-
-def test_a_run_is_not_resumed_with_other_settings(tmp_path):
-    about = {"base_model": "one"}
-    train_heads(tiny_model(), Drawn(), QUICK, tmp_path, about=about, stop=stop_at(2))
-    saved = (tmp_path / "state.pt").read_bytes()
-    with pytest.raises(ValueError, match=r"width: expected 16, got 8\. .*can only be resumed so.*--no-resume"):
-        train_heads(tiny_model(), Drawn(), replace(QUICK, width=8), tmp_path, about=about)
-    with pytest.raises(ValueError, match="base_model: expected one, got two; seed: expected 0, got 1"):
-        train_heads(tiny_model(), Drawn(), replace(QUICK, seed=1), tmp_path, about={"base_model": "two"})
-    assert (tmp_path / "state.pt").read_bytes() == saved
-    fresh = train_heads(tiny_model(), Drawn(), replace(QUICK, width=8), tmp_path, about=about, resume=False)
-    assert fresh.heads.fc1.shape[1] == 8 and load_state(tmp_path)["step"] == 9
-    with pytest.raises(ValueError, match=r"resume: expected the state of a run in .*nowhere, got none"):
-        train_heads(tiny_model(), Drawn(), QUICK, tmp_path / "nowhere", resume=True)
-    (tmp_path / "state.pt").write_bytes(b"no state")
-    with pytest.raises(ValueError, match=r"out: .*state\.pt cannot be read as the state of a run .*; remove it"):
-        train_heads(tiny_model(), Drawn(), QUICK, tmp_path)
-    torch.save({"step": 3}, tmp_path / "state.pt")
-    with pytest.raises(ValueError, match="it holds something else"):
-        train_heads(tiny_model(), Drawn(), QUICK, tmp_path)
-
-
-def test_a_file_that_changed_under_its_name_is_noticed(tmp_path):
-    haystack = tmp_path / "text.txt"
-    haystack.write_text("One. Two. Three. Four.")
-    sources = Sources(split="training", haystack=haystack)
-    examples = GeneratedExamples(tokenizer=None, tasks=["niah_single_2"], lengths=[900], seed=5, sources=sources)
-    before = examples.facts()
-    assert before["haystack"] == "text.txt" and before["data_seed"] == "5"
-    assert before["haystack_sha256"] == hashlib.sha256(haystack.read_bytes()).hexdigest()[:12]
-    haystack.write_text("One. Two. Three. Five.")
-    with pytest.raises(ValueError, match=r"haystack_sha256: expected .*, got .*can only be resumed so"):
-        check_same_run(before, examples.facts(), tmp_path)
-    other = replace(examples, seed=6)
-    with pytest.raises(ValueError, match=r"^data_seed: expected 5, got 6"):
-        check_same_run(examples.facts(), other.facts(), tmp_path)
-
-
-def test_the_adapter_is_told_by_its_weights(tmp_path):
-    arguments = SimpleNamespace(model="some/model", adapter=tmp_path)
-    (tmp_path / "adapter_config.json").write_text("{}")
-    found = []
-    for weights in (b"one", b"two"):
-        (tmp_path / "adapter_model.safetensors").write_bytes(weights)
-        found.append(train_heads_command._about(arguments, torch.float32))
-    assert found[0]["adapter"] == found[1]["adapter"] == tmp_path.name
-    assert found[0]["adapter_sha256"] == hashlib.sha256(b"one").hexdigest()[:12] != found[1]["adapter_sha256"]
-    plain = train_heads_command._about(SimpleNamespace(model="some/model", adapter=None), torch.float32)
-    assert plain == {"base_model": "some/model", "adapter": "none", "dtype": "float32"}
-
-
-@pytest.mark.parametrize("weights", [False, True])
-def test_what_is_no_number_is_not_saved(tmp_path, monkeypatch, weights):
-    """The loss of step 5, or only what step 6 leaves, is no number: the state of step 4 stays."""
-
-    def step(model, heads, optimizer, example, training, number):
-        loss = train_step(model, heads, optimizer, example, training, number)
-        if number + 1 < (6 if weights else 5):
-            return loss
-        with torch.no_grad():
-            heads.fc2[1, 0, 3] = float("inf")
-        return loss if weights else loss * float("nan")
-
-    monkeypatch.setattr("apb.train.retaining_heads.train_step", step)
-    says = "a weight became infinite or nan before step 6" if weights else "the loss became nan before step 6"
-    with pytest.raises(RuntimeError, match=says):
-        train_heads(tiny_model(), Drawn(), QUICK, tmp_path, save_every=2)
-    state = load_state(tmp_path)
-    assert state["step"] == 4 and all(weight.isfinite().all() for weight in state["heads"].values())
-    monkeypatch.undo()
-    assert train_heads(tiny_model(), Drawn(), QUICK, tmp_path).step == 9
-
-
-def test_a_file_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
-    done, fsync, move = [], os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda file: (done.append("fsync"), fsync(file)))
-    monkeypatch.setattr(os, "replace", lambda *names: (done.append("replace"), move(*names)))
-    write_whole(tmp_path / "file", lambda part: part.write_text("all of it"))
-    assert done == ["fsync", "replace"] and (tmp_path / "file").read_text() == "all of it"
-    with pytest.raises(RuntimeError, match="half"):
-        write_whole(tmp_path / "file", lambda part: (part.write_text("half"), raise_(RuntimeError("half"))))
-    assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "all of it"
-
-
-def raise_(error):
-    raise error
-
-
 def adamw(weights, gradients, training):
     """Take AdamW steps by the formula, the gradients' elements clipped first; return the weights after each."""
     found, mean, square = [weights.double()], 0.0, 0.0
@@ -363,196 +222,3 @@ def test_bad_settings_say_so(tmp_path):
         broken.model.embed_tokens.weight.fill_(float("nan"))
     with pytest.raises(RuntimeError, match=r"the loss became nan before step 9 .*--learning-rate"):
         train_heads(broken, Drawn(), QUICK, tmp_path)
-
-
-class Numbers:
-    def make(self, number):
-        if number == 13:
-            raise ValueError("thirteen")
-        return number
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_prefetch_keeps_the_order_and_passes_errors_on(workers):
-    assert list(prefetch(Numbers(), range(3, 13), workers=workers)) == list(range(3, 13))
-    assert list(prefetch(Numbers(), range(3, 3), workers=workers)) == []
-    with pytest.raises(ValueError, match=r"^thirteen$"):
-        list(prefetch(Numbers(), range(10, 20), workers=workers))
-    some = prefetch(Numbers(), range(5), workers=workers)
-    assert next(some) == 0
-    some.close()
-    assert not multiprocessing.active_children()
-
-
-def byte_tokenizer(text=""):
-    """Make a tokenizer of one token a byte; with a text, its frequent words are tokens too."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    if text:
-        trainer = trainers.BpeTrainer(vocab_size=2000, initial_alphabet=alphabet, show_progress=False)
-        tokenizer.train_from_iterator([text], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=alphabet[0])
-
-
-def task_tokenizer():
-    """Make one that knows the words of the tasks' templates, so that questions have a usual number of tokens."""
-    import apb.evals.niah
-    import apb.evals.variable_tracking
-
-    files = (apb.evals.niah.__file__, apb.evals.variable_tracking.__file__)
-    return byte_tokenizer("\n".join(Path(file).read_text(encoding="utf-8") for file in files))
-
-
-def test_generated_examples_are_functions_of_seed_and_number():
-    examples = GeneratedExamples(tokenizer=task_tokenizer(), tasks=["niah_single_1", "vt"], lengths=[900, 1000], seed=5)
-    for held_out in (False, True):
-        made = [examples.make(number, held_out=held_out) for number in range(4)]
-        again = examples.make(2, held_out=held_out)
-        assert torch.equal(again.prompt.document, made[2].prompt.document) and torch.equal(again.answer, made[2].answer)
-        assert all(example.prompt.prefix_tokens == 1 and example.answer.shape[0] == 1 for example in made)
-    assert {example.name for example in made} == {
-        f"{task} at {length} tokens" for task in ("niah_single_1", "vt") for length in (900, 1000)
-    }
-    one, other = (examples.make(0, held_out=held_out) for held_out in (False, True))
-    assert one.prompt.document.tolist() != other.prompt.document.tolist()
-    observe(tiny_model(vocab_size=2000), one, "anchor")
-    for setting, says in (
-        ({"tasks": []}, "tasks: expected at least one"),
-        ({"lengths": []}, "lengths: expected at le"),
-    ):
-        with pytest.raises(ValueError, match=says):
-            GeneratedExamples(**({"tokenizer": None, "tasks": ["vt"], "lengths": [900]} | setting))
-
-
-def test_windows_of_text(tmp_path):
-    text = "".join(chr(97 + i % 26) + chr(97 + i // 26 % 26) for i in range(1000))
-    (tmp_path / "a.txt").write_text(text)
-    sizes = {"lengths": [40, 60], "query_tokens": 5, "answer_tokens": 7}
-    examples = TextExamples(byte_tokenizer(), [tmp_path / "a.txt"], **sizes)
-    decode = byte_tokenizer().decode
-    for held_out in (False, True):
-        for number in range(20):
-            made = examples.make(number, held_out=held_out)
-            p = made.prompt
-            parts = (p.document[0, 1:], p.query[0], made.answer[0])
-            window = "".join(decode(part) for part in parts)
-            assert window in (text[1800:] if held_out else text[:1800])
-            assert len(window) + 1 in (40, 60) and len(p.query[0]) == 5 and len(made.answer[0]) == 7
-            assert p.prefix_tokens == 1 and p.suffix.shape == (1, 0)
-    assert examples.facts()["data"] == "a.txt"
-    with pytest.raises(
-        ValueError, match=r"data: .*a\.txt has 2000 tokens; expected at least \d+, so that its held-out"
-    ):
-        TextExamples(byte_tokenizer(), [tmp_path / "a.txt"], **(sizes | {"lengths": [300]}))
-    with pytest.raises(ValueError, match=r"data: cannot read .*b\.txt as UTF-8 text .*or 'generated'"):
-        TextExamples(byte_tokenizer(), [tmp_path / "b.txt"], **sizes)
-    with pytest.raises(ValueError, match="lengths: expected at least 15 tokens with this question and answer"):
-        TextExamples(byte_tokenizer(), [tmp_path / "a.txt"], **(sizes | {"lengths": [14]}))
-    for more, says in (
-        ({"answer_tokens": 0}, "answer_tokens: expected at least 1, got 0"),
-        ({"lengths": []}, "lengths"),
-    ):
-        with pytest.raises(ValueError, match=says):
-            TextExamples(byte_tokenizer(), [tmp_path / "a.txt"], **(sizes | more))
-    with pytest.raises(ValueError, match="data: expected 'generated' or at least one text file"):
-        TextExamples(byte_tokenizer(), [], **sizes)
-
-
-@pytest.fixture(scope="module")
-def model_path(tmp_path_factory):
-    """Return a directory with a tiny model, a tokenizer and a text."""
-    path = tmp_path_factory.mktemp("model")
-    tiny_model(vocab_size=2000).save_pretrained(path)
-    task_tokenizer().save_pretrained(path)
-    (path / "text.txt").write_text("".join(f"{i * i} is the square of {i}. " for i in range(200)))
-    return path
-
-
-def command(model_path, out, *more):
-    return ["train-heads", "--model", str(model_path), "--out", str(out), "--steps", "6", "--width", "8",
-            "--warmup", "2", "--eval-every", "3", "--eval-examples", "2", "--device", "cpu", *more]  # fmt: skip
-
-
-def test_the_command_trains_on_generated_pairs(capsys, model_path, tmp_path):
-    arguments = command(model_path, tmp_path, "--tasks", "niah_single_1,vt", "--lengths", "900", "--workers", "1")
-    assert main(arguments) == 0
-    said = capsys.readouterr()
-    assert "Query-aware scores, training free: " in said.out and "heads.safetensors" in said.out
-    assert "step 6/6  loss " in said.err and " tokens/s  0:00 left" in said.err
-    heads = load_retaining_head(tmp_path / "heads.safetensors")
-    assert heads.fc1[0].dtype == torch.bfloat16
-    question = ["generate", "--model", str(model_path), "--document", str(model_path / "text.txt"), "--query", "what?",
-                "--hosts", "2", "--host-kind", "threads", "--max-new-tokens", "2"]  # fmt: skip
-    assert main([*question, "--compressor", "retaining-head", "--heads", str(tmp_path / "heads.safetensors")]) == 0
-    assert "RetainingHead(" in capsys.readouterr().out
-    assert main([*arguments, "--seed", "1"]) == 2
-    assert "seed: expected 0, got 1" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("haystack", [False, True])
-def test_the_default_tasks_are_of_every_kind(haystack):
-    """Heads were worst on kinds of tasks that they had not been trained on."""
-    arguments = ["--model", "m", "--out", "o", "--lengths", "4096", *(["--haystack", str(ESTHER)] if haystack else [])]
-    parser = argparse.ArgumentParser()
-    train_heads_command.add_arguments(parser)
-    examples = train_heads_command._examples(parser.parse_args(arguments), small_tokenizer())
-    wanted = ["niah_single_1", "niah_multikey_2", "vt", "cwe", "fwe"]
-    assert examples.tasks == wanted + haystack * ["niah_multikey_1", "niah_multivalue", "niah_multiquery"]
-
-
-def test_the_command_trains_on_text_and_goes_on_after_a_signal(capsys, model_path, tmp_path, monkeypatch):
-    """As Ctrl-C and a scheduler's SIGTERM do: the step is finished, the state saved, the status says which."""
-    arguments = command(model_path, tmp_path, "--data", str(model_path / "text.txt"), "--lengths", "200",
-                        "--query-in", "after")  # fmt: skip
-    arguments[arguments.index("--steps") + 1] = "1000"
-    before = signal.getsignal(signal.SIGTERM)
-    show = train_heads_command._Line.__call__
-    for number, status, word in ((signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")):
-
-        def send(line, now, number=number):
-            show(line, now)
-            os.kill(os.getpid(), number)
-
-        monkeypatch.setattr(train_heads_command._Line, "__call__", send)
-        assert main(arguments) == status
-        said = capsys.readouterr().err
-        assert f"{word} after {load_state(tmp_path)['step']} of 1000 steps; the state is saved in {tmp_path}" in said
-        assert "To go on, give the same command" in said
-    step = load_state(tmp_path)["step"]
-    assert step >= 2 and signal.getsignal(signal.SIGTERM) == before
-    monkeypatch.undo()
-    assert main([*arguments, "--minutes", "0.0001"]) == 0
-    assert load_state(tmp_path)["step"] == step + 1
-    assert main([*arguments, "--minutes", "0.0001", "--no-resume"]) == 0
-    assert load_state(tmp_path)["step"] == 1
-
-
-SHORT = ["--tasks", "vt", "--lengths", "900"]
-
-
-@pytest.mark.parametrize(
-    ("more", "says"),
-    [
-        (["--tasks", "nothing"], "tasks: expected some of niah_single_1, "),
-        (["--data", "generated", "a.txt"], "data: expected 'generated' or text files, got both"),
-        (["--data", "nowhere.txt"], "data: cannot read nowhere.txt"),
-        (["--data", "text.txt", "--tasks", "vt"], "data: --tasks and --haystack are of generated pairs"),
-        ([*SHORT, "--minutes", "0"], "minutes: expected more than 0, got 0.0"),
-        (["--width", "0"], "width: expected an integer ≥ 1, got 0"),
-        ([*SHORT, "--save-every", "0"], "save_every: expected at least 1 step, got 0"),
-        ([*SHORT, "--workers", "-1"], "workers: expected 0 or more processes, got -1"),
-        (["--tasks", "vt", "--lengths", "9000"], "lengths: expected at most 4096, the model's positions, got 9000"),
-        (["--tasks", "vt,cwe", "--lengths", "900"], "length: cwe needs at least"),
-        (["--device", "cuda:99"], "device: got 'cuda:99', but PyTorch sees"),
-        ([*SHORT, "--adapter", "nowhere"], "adapter: expected a directory that PEFT has written"),
-    ],
-)
-def test_the_command_refuses(capsys, model_path, tmp_path, more, says):
-    assert main(command(model_path, tmp_path / "out", *more)) == 2
-    assert says in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()

@@ -1,6 +1,7 @@
 """Planted bugs: mistakes that such code really gets, as data, each with the tests that must notice it.
 
-Those of APB, and of what all methods share, are here; those of the other methods in `apb.testing.method_bugs`.
+Those of APB, and of what all methods share, are here; those of the other methods in `apb.testing.method_bugs`,
+those of training, answering and evaluating in `apb.testing.eval_bugs`.
 `tests/test_planted_bugs.py` puts one bug at a time into a copy of this package and demands that its tests fail. Each
 left all quality scores on easy tasks where they were, which is why the laws look at the numbers.
 """
@@ -19,7 +20,8 @@ class Bug:
         file: where, below `apb/`.
         old: text that stands there exactly once.
         new: what takes its place.
-        tests: pytest arguments, relative to the repository; at least one selected test must fail.
+        tests: pytest arguments, relative to the repository, first a file or a pattern of files; at least one selected
+            test must fail.
     """
 
     name: str
