@@ -37,7 +37,7 @@ def test_a_ledger_that_cannot_be_written_stays_as_it_was(tmp_path, monkeypatch):
     path = tmp_path / "quality.csv"
     write_ledger(path, [ONE], run=RUN)
     before = path.read_text()
-    monkeypatch.setattr("pathlib.Path.replace", lambda *_: (_ for _ in ()).throw(OSError("no space")))
+    monkeypatch.setattr("apb.files.os.replace", lambda *_: (_ for _ in ()).throw(OSError("no space")))
     with pytest.raises(OSError, match="no space"):
         write_ledger(path, [replace(ONE, seed=1)], run=RUN)
     assert path.read_text() == before and [file.name for file in tmp_path.iterdir()] == ["quality.csv"]

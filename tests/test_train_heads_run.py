@@ -15,8 +15,9 @@ from training_cases import QUICK, Drawn, task_tokenizer
 from apb.cli import main
 from apb.cli import train_heads as train_heads_command
 from apb.compress import load_retaining_head
+from apb.files import write_whole
 from apb.testing.tiny import tiny_model
-from apb.train.checkpoint import load_state, write_whole
+from apb.train.checkpoint import load_state
 from apb.train.retaining_heads import train_heads
 from apb.train.step import train_step
 

@@ -3,7 +3,6 @@
 import argparse
 import sys
 import time
-from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 from textwrap import wrap
@@ -21,8 +20,9 @@ from apb.evals.plots import budget_curve, dots, has_curve
 from apb.evals.record import FULL
 from apb.evals.report import Report, make_report, split_label
 from apb.evals.sample import Sources
-from apb.evals.store import Store, read_records, read_settings, write_whole
+from apb.evals.store import Store, read_records, read_settings
 from apb.evals.tasks import TASKS
+from apb.files import fingerprint, write_whole
 from apb.methods import METHODS, split_method
 
 __all__ = ["SUITES", "add_arguments", "check", "describe", "run", "write"]
@@ -126,7 +126,7 @@ def describe(report: Report) -> str:
 def write(report: Report, folder: Path, noted: dict[str, Any]) -> list[Path]:
     """Write `report.json` and, if matplotlib is there, `scores.svg` and a curve of each budget that was varied."""
     path = folder / "report.json"
-    write_whole(path, report.json(**noted) + "\n")
+    write_whole(path, lambda part: part.write_text(report.json(**noted) + "\n", encoding="utf-8"))
     written = [path]
     if find_spec("matplotlib") is None:
         _say("matplotlib is needed for pictures; pip install 'apb[viz]'")
@@ -200,25 +200,15 @@ def _fixed(setting: Evaluation) -> dict[str, Any]:
         "dtype": setting.dtype,
         "max_new_tokens": setting.max_new_tokens,
         "samples_version": SAMPLES_VERSION,
-        **{name: sha256(path.read_bytes()).hexdigest()[:16] for name, path in files.items() if path},
-        **{f"heads of {method}": f"sha256 {_mark(Path(path))}" for method, path in heads.items() if path},
+        **{name: fingerprint(path) for name, path in files.items() if path},
+        **{f"heads of {method}": f"sha256 {fingerprint(Path(path))}" for method, path in heads.items() if path},
     }
 
 
 def _adapter_mark(adapter: Path) -> str:
     """Return a mark of an adapter's weights, and of the settings by which they are scaled and merged."""
     directory = check_adapter(adapter)
-    return _mark(*sorted(directory.glob("adapter_model.*")), directory / "adapter_config.json")
-
-
-def _mark(*paths: Path) -> str:
-    """Return 12 digits that tell these files' content from others'."""
-    found = sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            while part := file.read(1 << 20):
-                found.update(part)
-    return found.hexdigest()[:12]
+    return fingerprint(*sorted(directory.glob("adapter_model.*")), directory / "adapter_config.json")
 
 
 def _labels(texts: list[str]) -> dict[str, str]:

@@ -13,8 +13,8 @@ from apb.adapter import check_adapter
 from apb.cli.table import table
 from apb.device import DTYPES, pick_device, pick_dtype
 from apb.evals import TASKS, Sources, make_sample
+from apb.files import fingerprint
 from apb.models import load_model, load_tokenizer
-from apb.train.checkpoint import fingerprint
 from apb.train.examples import Examples, GeneratedExamples
 from apb.train.report import write_report
 from apb.train.retaining_heads import HeadProgress, TrainedHeads, train_heads

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from apb.evals.record import Record
-from apb.evals.store import write_whole
+from apb.files import write_whole
 
 __all__ = ["read_ledger", "write_ledger"]
 
@@ -47,7 +47,7 @@ def write_ledger(
     writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows.values())
-    write_whole(path, text.getvalue())
+    write_whole(path, lambda part: part.write_text(text.getvalue(), encoding="utf-8"))
 
 
 def read_ledger(path: Path) -> tuple[list[Record], dict[str, str], list[dict[str, str]]]:

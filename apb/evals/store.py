@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from apb.evals.record import Key, Record
+from apb.files import write_whole
 
-__all__ = ["Store", "read_records", "read_settings", "write_whole"]
+__all__ = ["Store", "read_records", "read_settings"]
 
 Note = Callable[[str], None]
 
@@ -155,16 +156,6 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
     return found
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it appears whole or not at all, whatever stops us; an earlier one stays until then."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def _agree(folder: Path, settings: Mapping[str, Any], labels: Mapping[str, str], run: Mapping[str, Any] | None) -> None:
     """Hold settings against those of earlier runs, and note the new ones."""
     before = read_settings(folder)
@@ -179,7 +170,7 @@ def _agree(folder: Path, settings: Mapping[str, Any], labels: Mapping[str, str],
     runs = [*before["runs"], dict(run)] if run and dict(run) not in before["runs"] else before["runs"]
     after = {"settings": {**before["settings"], **settings}, "labels": {**before["labels"], **labels}, "runs": runs}
     if after != before or not (folder / "settings.json").exists():
-        write_whole(folder / "settings.json", json.dumps(after, indent=2) + "\n")
+        write_whole(folder / "settings.json", lambda part: part.write_text(json.dumps(after, indent=2) + "\n"))
 
 
 def _cut_half_line(path: Path) -> None:

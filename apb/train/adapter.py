@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader
 
 from apb.bench import environment
 from apb.evals import TASKS, Sources
+from apb.files import write_whole
 from apb.train.adapter_card import adapter_card
-from apb.train.checkpoint import write_whole
 from apb.train.dialogues import IGNORED, Dialogues
 from apb.train.examples import check_lengths
 from apb.train.settings import check_integers, check_positive

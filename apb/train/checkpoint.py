@@ -1,28 +1,16 @@
 """A run on disk, so that it can be interrupted: written whole or not at all, resumed with the same settings only."""
 
-import hashlib
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["STATE_FILE", "check_same_run", "fingerprint", "load_state", "save_state", "write_whole"]
+from apb.files import write_whole
+
+__all__ = ["STATE_FILE", "check_same_run", "load_state", "save_state"]
 
 STATE_FILE = "state.pt"
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` write a file beside `path`, then put it there in one step: a crash leaves the old file or the new."""
-    part = path.with_name(f".{path.name}.part{path.suffix}")
-    try:
-        write(part)
-        with part.open("rb") as file:
-            os.fsync(file.fileno())  # else the name could reach the disk before what is in the file
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def save_state(out: Path, state: Mapping[str, Any]) -> None:
@@ -53,12 +41,6 @@ def load_state(out: Path) -> dict[str, Any] | None:
             f"out: {path} cannot be read as the state of a run ({reason}); remove it, or give another directory"
         ) from error
     return state
-
-
-def fingerprint(path: Path) -> str:
-    """Return the first 12 hex digits of a file's SHA-256, so that a run is not resumed over a changed file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
 
 def check_same_run(saved: Mapping[str, str], now: Mapping[str, str], out: Path) -> None:

@@ -11,8 +11,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from apb.evals import Sources, make_sample
+from apb.files import fingerprint
 from apb.prompt import Prompt
-from apb.train.checkpoint import fingerprint
 
 __all__ = ["Example", "Examples", "GeneratedExamples", "check_lengths", "draw", "listed"]
 

@@ -8,7 +8,7 @@ import torch
 
 from apb.bench import environment
 from apb.compress.retaining_head import save_retaining_head
-from apb.train.checkpoint import write_whole
+from apb.files import write_whole
 from apb.train.overlap import Curve
 from apb.train.retaining_heads import TrainedHeads
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apb.files import fingerprint
 from apb.prompt import Prompt, chat_frame
-from apb.train.checkpoint import fingerprint
 from apb.train.examples import Example, check_lengths, draw, listed
 
 __all__ = ["TextExamples"]
