@@ -1,5 +1,6 @@
 """Start hosts as processes of this machine, or find the one that `torchrun` has started."""
 
+import atexit
 import contextlib
 import multiprocessing
 import os
@@ -230,7 +231,7 @@ def host_from_env(timeout_s: float = 60.0) -> ProcessGroupHost | None:
     """Return this process's host if `torchrun` started it, and None otherwise.
 
     Initialises the default process group (NCCL if every local process has a CUDA device, else gloo) unless that has
-    been done, and sets the CUDA device.
+    been done, and sets the CUDA device. A gloo group made here is destroyed at exit.
 
     Args:
         timeout_s: longest wait in one collective, in seconds.
@@ -248,4 +249,6 @@ def host_from_env(timeout_s: float = 60.0) -> ProcessGroupHost | None:
         store = world.get_group_store() if hasattr(world, "get_group_store") else None
         return ProcessGroupHost(world, device, store, timeout_s)
     store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s + GRACE_S)))
-    return _join("nccl" if cuda else "gloo", device, store, rank, world_size, timeout_s)
+    host = _join("nccl" if cuda else "gloo", device, store, rank, world_size, timeout_s)
+    atexit.register(host.leave_group)
+    return host

@@ -87,6 +87,21 @@ class ProcessGroupHost(Host):
         if self._heartbeat is not None:
             self._heartbeat.stop()
 
+    def leave_group(self) -> None:
+        """Close, then destroy the default group if this host is on it; for whoever made the group, at exit.
+
+        gloo's threads must have ended before the interpreter does: one that then frees a tensor asks for the GIL and
+        takes the process down with SIGABRT. After a failure, or with a collective still under way, destroying the
+        group could hang, so it is left alone.
+        """
+        self.close()
+        idle = all(done() for done, _ in self._under_way.values())
+        if self.device.type == "cpu" and self._failed is None and idle:
+            stands = self._group is dist.group.WORLD
+            del self._group  # the last reference joins the threads
+            if stands:
+                dist.destroy_process_group()
+
     def announce(self, error: BaseException) -> None:
         """Write `error` to the store, if there is one; hosts that wait raise `HostFailed` within a second or two."""
         if self._heartbeat is not None:
@@ -133,13 +148,14 @@ class ProcessGroupHost(Host):
             work = start(group=self._group, async_op=True)
         except RuntimeError as error:
             self._fail(number, name, error)
-        if self._watched:
+        if self._watched or self.device.type != "cuda":
             self._under_way[number] = (work.is_completed, name)
 
         def finish() -> list[Tensor]:
             self.check()
             if self.device.type != "cuda":
                 self._wait_polling(work, number, name)
+                self._under_way.pop(number, None)
                 return received
             work.wait()
             stream = torch.cuda.current_stream(self.device)
