@@ -10,10 +10,11 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 
-__all__ = ["Row", "append", "environment"]
+__all__ = ["Environment", "Row", "append", "environment"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,9 @@ class Row:
         ms: median time; NaN if it could not run.
         tflops: useful 10¹² operations a second; NaN where that has no meaning.
         notes: whatever else has to be known, such as why it could not run.
+        low_ms, high_ms: the times between which eight of ten repeats fell; NaN where none were kept.
+        gbytes: useful 10⁹ bytes a second, each input read once and each output written once; NaN where the work is
+            not bound by them.
     """
 
     date: str
@@ -45,10 +49,23 @@ class Row:
     ms: float
     tflops: float
     notes: str = ""
+    low_ms: float = math.nan
+    high_ms: float = math.nan
+    gbytes: float = math.nan
 
 
-def environment() -> dict[str, str]:
-    """Return the first five columns of a row: date, device, versions and commit of this run."""
+class Environment(TypedDict):
+    """The columns of a row that are the same for a whole run; `Row` says what they are."""
+
+    date: str
+    device: str
+    torch: str
+    triton: str
+    commit: str
+
+
+def environment() -> Environment:
+    """Return the date, device, versions and commit of this run."""
     try:
         triton = version("triton")
     except PackageNotFoundError:
@@ -72,8 +89,8 @@ def append(path: Path, rows: Iterable[Row]) -> None:
         if new:
             writer.writeheader()
         for row in rows:
-            numbers = {k: "" if math.isnan(v) else f"{v:.4g}" for k, v in (("ms", row.ms), ("tflops", row.tflops))}
-            writer.writerow(asdict(row) | numbers)
+            cells = asdict(row).items()
+            writer.writerow({k: ("" if math.isnan(v) else f"{v:.4g}") if isinstance(v, float) else v for k, v in cells})
 
 
 def _commit() -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 from apb.attend import SparseIndex, VerticalSlash, masked_attention, sparse_attention
 from apb.attend.sparse_index import slash_index
 from apb.bench import Row, append, environment
-from apb.bench.kernel import median_ms
+from apb.bench.measure import time_call
 
 __all__ = ["CROSSOVER_TOKENS", "GROUPS", "draw_index", "run"]
 
@@ -58,14 +58,14 @@ def run(quick: bool = False, out: Path | None = None) -> list[Row]:
         exact = {}
         for peer, call in _exact(q, k, v):
             try:
-                exact[peer] = median_ms(call)
+                exact[peer] = _ms(call)
                 note(name, peer, exact[peer], q_heads * tokens * (tokens + 1) / 2)
             except Exception as error:  # a peer's failure is a result, not the end of the run
                 note(name, peer, math.nan, 0, f"{type(error).__name__}: {error}"[:120])
-        note(name, "index", median_ms(partial(LLAMA.index, q, k)), 0, str(LLAMA))
+        note(name, "index", _ms(partial(LLAMA.index, q, k)), 0, str(LLAMA))
         for kind in ("clustered", "runs", "scattered"):
             index = draw_index(kind, LLAMA, tokens, q_heads)
-            ms, density = median_ms(partial(sparse_attention, q, k, v, index)), float(index.density().mean())
+            ms, density = _ms(partial(sparse_attention, q, k, v, index)), float(index.density().mean())
             against = ", ".join(f"{dense / ms:.2f}× {peer} (× density {dense / ms * density:.2f})"
                                 for peer, dense in exact.items())  # fmt: skip
             note(f"{name} {kind}", "sparse", ms, float(index.pairs().sum()), f"density {density:.4f}: {against}")
@@ -73,11 +73,11 @@ def run(quick: bool = False, out: Path | None = None) -> list[Row]:
     for tokens in CROSSOVER_TOKENS:
         q, k, v = _draw(tokens, *GROUPS[-1])
         name = f"crossover {tokens}"
-        exact_ms = median_ms(partial(masked_attention, q, k, v, anchor_tokens=0, passing_tokens=0))
+        exact_ms = _ms(partial(masked_attention, q, k, v, anchor_tokens=0, passing_tokens=0))
         note(name, "triton", exact_ms, GROUPS[-1][0] * tokens * (tokens + 1) / 2)
         for pattern in (VerticalSlash(), LLAMA):
             index = draw_index("clustered", pattern, tokens, GROUPS[-1][0])
-            parts = median_ms(partial(pattern.index, q, k)), median_ms(partial(sparse_attention, q, k, v, index))
+            parts = _ms(partial(pattern.index, q, k)), _ms(partial(sparse_attention, q, k, v, index))
             note(f"{name} {pattern.vertical}/{pattern.slash}", "index+sparse", sum(parts), 0,
                  f"density {float(index.density().mean()):.4f}, index {parts[0]:.3f} ms: "
                  f"{exact_ms / sum(parts):.2f}× triton")  # fmt: skip
@@ -103,6 +103,10 @@ def draw_index(kind: str, pattern: VerticalSlash, tokens: int, q_heads: int) -> 
     else:
         offsets = some(slash, tokens)
     return slash_index(offsets.cuda(), some(vertical, tokens).cuda(), tokens)
+
+
+def _ms(call: Callable[[], object]) -> float:
+    return time_call(call).ms
 
 
 def _draw(tokens: int, q_heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,7 +20,7 @@ _COLUMNS = (*_RUN, *_CELL, "label", "seeds", "scores", "nlls")
 
 
 def write_ledger(
-    path: Path, records: Iterable[Record], *, run: Mapping[str, str], labels: Mapping[str, str] | None = None
+    path: Path, records: Iterable[Record], *, run: Mapping[str, object], labels: Mapping[str, str] | None = None
 ) -> None:
     """Put records into a ledger; rows of the same model, method, hosts, length and task are replaced.
 
