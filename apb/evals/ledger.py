@@ -8,6 +8,7 @@ import csv
 import io
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from apb.evals.record import Record
 from apb.files import write_whole
@@ -20,7 +21,7 @@ _COLUMNS = (*_RUN, *_CELL, "label", "seeds", "scores", "nlls")
 
 
 def write_ledger(
-    path: Path, records: Iterable[Record], *, run: Mapping[str, object], labels: Mapping[str, str] | None = None
+    path: Path, records: Iterable[Record], *, run: Mapping[str, Any], labels: Mapping[str, str] | None = None
 ) -> None:
     """Put records into a ledger; rows of the same model, method, hosts, length and task are replaced.
 
