@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from apb.compress.compressor import Projections
+from apb.compress.nan import NanWatch
 from apb.parallel.host import Host
 from apb.plan import ContextPlan
 
@@ -107,6 +108,7 @@ class Context:
         scale: softmax scale; None is 1/√dim.
         projections: this host's rows before RoPE, for compressors that read them.
         trace: where to note times and kept indices.
+        watch: collects NaN scores for one check after all layers; None checks, and waits for the device, in each.
     """
 
     plan: ContextPlan
@@ -115,3 +117,4 @@ class Context:
     scale: float | None = None
     projections: Projections | None = None
     trace: Trace = field(default_factory=Trace)
+    watch: NanWatch | None = None

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from apb.compress.compressor import Projections
+from apb.compress.nan import NanWatch
 from apb.context import Context, Trace
 from apb.digest import digest
 from apb.hf import IMPLEMENTATION, model_shape, register, run_layers
@@ -73,6 +74,7 @@ class Session:
         self._prefilling = False
         self._broken = False
         self._projections: dict[tuple[int, str], Tensor] = {}
+        self._watch = NanWatch()
         self._spare: dict[tuple[int, str], Tensor] = {}
 
     @torch.inference_mode()
@@ -111,6 +113,7 @@ class Session:
             self._prefilling = True
             hidden = run_layers(self.model, ids, positions, self) if share.rows else self._keep_up(len(ids))
             self._prefilling = False
+            self._watch.check()
         self.document_end = self.plan.next_position
         self.tokens = self.document_end + share.query_rows
         return hidden
@@ -219,7 +222,9 @@ class Session:
         if self._prefilling:
             found = {name: self._projections.pop((layer, name)) for name in "qkv" if (layer, name) in self._projections}
             projections = Projections(**found) if found else None
-            out = self.method.attend(q, k, v, Context(self.plan, self.host, layer, scale, projections, self.trace))
+            out = self.method.attend(
+                q, k, v, Context(self.plan, self.host, layer, scale, projections, self.trace, self._watch)
+            )
             query = slice(share.rows - share.query_rows, share.rows)
             kept = [*share.held_spans, query] if owns else share.held_spans
             for rows in kept:

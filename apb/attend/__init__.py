@@ -5,10 +5,10 @@ The name of a function fixes the mathematics; `backend` fixes only who computes 
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from apb.attend.check import Backend, check_inputs, choose_backend
+from apb.attend.check import DIFFERENTIABLE, Backend, check_inputs, choose_backend
 from apb.attend.patterns import AShape, BlockSparse, Pattern, VerticalSlash
 from apb.attend.sparse import sparse_attention
 from apb.attend.sparse_index import SparseIndex
@@ -44,7 +44,7 @@ def masked_attention(
     softmax(scale · q kᵀ) v, where anchor row i sees A[0..i] and block row j sees all of A, all of P and
     B[0..j]. The block has columns − anchor_tokens − passing_tokens tokens. Rows fewer than |A| + |B| are the
     last ones, so rows = |B| leaves the anchor's rows out. With no anchor and no passing this is causal
-    attention. Inference only, but for "reference", and "flex" on CUDA.
+    attention. Output and LSE are differentiable with "reference", "triton" and "hopper", and with "flex" on CUDA.
 
     Args:
         q: queries of [A, B], float16, bfloat16 or float32 (float64 with "reference"), dim 16..256.
@@ -69,7 +69,8 @@ def masked_attention(
         >>> [round(x) for x in lse[0, 0].exp().tolist()]  # how many keys each row saw
         [1, 2, 6, 7, 8]
     """
-    backend, scale = check_inputs(q, k, v, scale, backend, ("reference", "sdpa", "flex", "triton"))
+    legal = ("reference", "sdpa", "flex", "triton", "hopper")
+    backend, scale = check_inputs(q, k, v, scale, backend, legal, differentiable=DIFFERENTIABLE)
     for name, count in (("anchor_tokens", anchor_tokens), ("passing_tokens", passing_tokens)):
         if count < 0:
             raise ValueError(f"{name} must be ≥ 0, got {count}")
@@ -84,8 +85,8 @@ def masked_attention(
             f"q has {rows} rows, but anchor and block hold only {columns - passing_tokens} tokens; passing "
             f"tokens have keys and values but no queries, so leave them out of q"
         )
-    if q.numel() == 0:  # no row: nothing to compute (a row always sees at least itself)
-        return torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
+    if q.numel() == 0:  # nothing to compute, but a graph to keep: other hosts may wait for the keys' gradients
+        backend = "reference"
     if backend == "reference":
         from apb.reference import apb_mask, attention
 
@@ -100,6 +101,10 @@ def masked_attention(
         from apb.attend import flex
 
         return flex.masked_attention(q, k, v, **lengths, scale=scale)
+    if backend == "hopper":
+        from apb.kernels.hopper import hopper_flash
+
+        return hopper_flash(q, k, v, anchor_tokens=anchor_tokens, passing_tokens=passing_tokens, scale=scale)
     from apb.kernels.masked_flash import masked_flash
 
     return masked_flash(q, k, v, anchor_tokens=anchor_tokens, passing_tokens=passing_tokens, scale=scale)
@@ -111,22 +116,28 @@ def decode_attention(
     v: Float[Tensor, "batch kv_heads columns dim"],
     *,
     causal: bool,
+    lengths: Int[Tensor, "batch"] | None = None,
     scale: float | None = None,
     backend: Backend = "auto",
 ) -> tuple[Float[Tensor, "batch q_heads rows dim"], Float[Tensor, "batch q_heads rows"]]:
     """Attend to a cache with a mask of its own (APB section 3.6): the query, then one token at a time.
 
     softmax(scale · q kᵀ) v. Only on the host that owns the new tokens are they among the keys, and only there
-    is the mask causal, aligned at the bottom right; every other host's keys all come before them. Inference
-    only, but for the "reference" backend.
+    is the mask causal, aligned at the bottom right; every other host's keys all come before them. Differentiable
+    with "reference", and for more than 256 rows with "triton" and "hopper", where the kernels of `masked_attention`
+    attend.
 
     Args:
         q: queries, float16, bfloat16 or float32 (float64 with "reference"), dim 16..256.
         k: keys of this host's cache, zero or more; q_heads is a multiple of kv_heads.
         v: values, as k.
         causal: False: every row sees every key. True: of n rows and m keys, row i sees keys 0 .. m − n + i.
+        lengths: how many keys of each batch row count, int32, 0 .. columns, on q's device; None is all of them. What
+            lies behind them is not read, so k and v may be buffers that a cache grows into, and with "triton" a CUDA
+            graph may be replayed as it grows. The other backends wait for the device to tell them.
         scale: multiplies the scores, > 0; 1/√dim if None.
-        backend: "reference", "sdpa" or "triton"; `choose_backend` says what "auto" takes.
+        backend: "reference", "sdpa", "triton", or "hopper" for more than 256 rows; "auto" takes what `choose_backend`
+            says, and triton where that is hopper and the rows are few.
 
     Returns:
         The output in q's dtype, and the LSE of each row, natural log, float32: the parts that
@@ -136,9 +147,27 @@ def decode_attention(
         ValueError: if an argument is out of range or the chosen backend does not take it.
         RuntimeError: if the chosen backend cannot run here, or would lose a gradient.
     """
-    backend, scale = check_inputs(q, k, v, scale, backend, ("reference", "sdpa", "triton"))
+    # Few rows go to the split-KV kernel, which has no backward pass; many to that of `masked_attention`, which has one.
+    many = lengths is None and q.shape[-2] > _FEW_ROWS and not (causal and q.shape[-2] > k.shape[-2])
+    legal = ("reference", "sdpa", "triton", "hopper") if many else ("reference", "sdpa", "triton")
+    differentiable = ("reference", "triton", "hopper") if many else ("reference",)
+    backend, scale = check_inputs(q, k, v, scale, backend, legal, differentiable=differentiable)
+    if lengths is not None and (lengths.dtype, lengths.device, lengths.shape) != (torch.int32, q.device, q.shape[:1]):
+        raise ValueError(
+            f"lengths must be int32 [batch {q.shape[0]}] on {q.device}, got {lengths.dtype} {list(lengths.shape)} "
+            f"on {lengths.device}"
+        )
     if q.numel() == 0 or k.shape[2] == 0:
         return torch.zeros_like(q), q.new_full(q.shape[:-1], -torch.inf, dtype=torch.float32)
+    if lengths is not None and backend != "triton":  # one at a time
+        each = (
+            decode_attention(
+                q[i : i + 1], k[i : i + 1, :, :n], v[i : i + 1, :, :n], causal=causal, scale=scale, backend=backend
+            )
+            for i, n in enumerate(lengths.clamp(min=0).tolist())
+        )
+        outs, lses = zip(*each, strict=True)
+        return torch.cat(outs), torch.cat(lses)
     if backend == "reference":
         from apb.reference import apb_mask, attention
 
@@ -150,10 +179,14 @@ def decode_attention(
         from apb.attend import sdpa
 
         return sdpa.decode_attention(q, k, v, causal=causal, scale=scale)
-    if q.shape[2] > _FEW_ROWS and not (causal and q.shape[2] > k.shape[2]):
+    if backend == "hopper":
+        from apb.kernels.hopper import hopper_flash
+
+        return hopper_flash(q, k, v, anchor_tokens=0, passing_tokens=0, scale=scale, causal=causal)
+    if many:
         from apb.kernels.masked_flash import masked_flash
 
         return masked_flash(q, k, v, anchor_tokens=0, passing_tokens=0, scale=scale, causal=causal)
     from apb.kernels.decode import split_kv_decode
 
-    return split_kv_decode(q, k, v, causal=causal, scale=scale)
+    return split_kv_decode(q, k, v, causal=causal, scale=scale, lengths=lengths)

@@ -8,9 +8,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["Backend", "check_inputs", "choose_backend"]
+__all__ = ["DIFFERENTIABLE", "Backend", "check_inputs", "choose_backend"]
 
-Backend = Literal["auto", "reference", "sdpa", "flex", "triton"]
+Backend = Literal["auto", "reference", "sdpa", "flex", "triton", "hopper"]
+
+DIFFERENTIABLE: tuple[Backend, ...] = ("reference", "flex", "triton", "hopper")
+"""Backends of `masked_attention` that have a backward pass."""
 
 _TRITON_INSTALLED = find_spec("triton") is not None  # it has no wheels outside Linux
 _DTYPES = {
@@ -18,20 +21,37 @@ _DTYPES = {
     "sdpa": (torch.float16, torch.bfloat16, torch.float32),
     "flex": (torch.float16, torch.bfloat16, torch.float32),
     "triton": (torch.float16, torch.bfloat16, torch.float32),
+    "hopper": (torch.float16, torch.bfloat16),
 }
 
 
 def choose_backend(q: Float[Tensor, "batch q_heads rows dim"]) -> Backend:
-    """Name the backend that "auto" takes: triton on CUDA, sdpa elsewhere, reference in float64."""
+    """Name the backend that "auto" takes in `masked_attention`.
+
+    On CUDA hopper where it applies (compute capability 9.0, float16 or bfloat16, head dim 64 or 128), else triton;
+    elsewhere sdpa; reference in float64.
+    """
     if q.dtype == torch.float64:
         return "reference"
-    return "triton" if q.is_cuda and _TRITON_INSTALLED else "sdpa"
+    if not (q.is_cuda and _TRITON_INSTALLED):
+        return "sdpa"
+    return "triton" if _hopper_refusal(q) else "hopper"
 
 
 def check_inputs(
-    q: Tensor, k: Tensor, v: Tensor, scale: float | None, backend: Backend, legal: tuple[Backend, ...]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    backend: Backend,
+    legal: tuple[Backend, ...],
+    *,
+    differentiable: tuple[Backend, ...] = ("reference", "flex"),
 ) -> tuple[Backend, float]:
-    """Raise if the arguments do not fit each other or the backend; return the backend and scale to use."""
+    """Raise if the arguments do not fit each other or the backend; return the backend and scale to use.
+
+    `differentiable` are the backends that have a backward pass here.
+    """
     if backend != "auto" and backend not in legal:
         raise ValueError(f"backend must be one of auto, {', '.join(legal)}; got {backend!r}")
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -55,22 +75,38 @@ def check_inputs(
     if not 16 <= dim <= 256:
         raise ValueError(f"the head dim must be 16..256, got {dim} (q {list(q.shape)})")
     chosen = choose_backend(q) if backend == "auto" else backend
+    if backend == "auto" and chosen == "hopper" and "hopper" not in legal:
+        chosen = "triton"
+    if backend == "hopper" and (why := _hopper_refusal(q)):
+        raise ValueError(f"backend 'hopper' {why}; backend='auto' takes it where it applies")
     if q.dtype not in _DTYPES[chosen]:
         raise ValueError(f"backend {chosen!r} takes {', '.join(map(str, _DTYPES[chosen]))}; got {q.dtype}")
     if chosen == "sdpa" and q.is_cuda and dim % 8:
         raise ValueError(f"backend 'sdpa' on CUDA needs a head dim divisible by 8, got {dim}; use 'triton'")
-    if (
-        chosen in ("sdpa", "triton")
-        and torch.is_grad_enabled()
-        and (q.requires_grad or k.requires_grad or v.requires_grad)
-    ):
+    wants_gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if wants_gradient and chosen not in differentiable:
         raise RuntimeError(
             f"backend {chosen!r} has no backward pass: run under torch.no_grad() or torch.inference_mode(), "
-            f"or take backend='reference', which is differentiable"
+            f"or take a backend that is differentiable: {', '.join(b for b in differentiable if b in legal)}"
         )
     if chosen == "triton":
         _check_triton(q)
     return chosen, dim**-0.5 if scale is None else float(scale)
+
+
+def _hopper_refusal(q: Tensor) -> str | None:
+    """Say why the Hopper kernel cannot take q, or None if it can."""
+    if not q.is_cuda or not _has_gluon_on_hopper(q.device.index):
+        return f"needs a Hopper GPU (compute capability 9.0) and Triton 3.6 or newer, got a tensor on {q.device}"
+    if q.dtype not in _DTYPES["hopper"]:
+        return f"takes float16 and bfloat16, got {q.dtype}"
+    return None if q.shape[-1] in (64, 128) else f"takes head dims 64 and 128, got {q.shape[-1]}"
+
+
+@torch.compiler.assume_constant_result
+def _has_gluon_on_hopper(device: int | None) -> bool:
+    hopper = torch.cuda.get_device_capability(device) == (9, 0)
+    return hopper and find_spec("triton.experimental.gluon.nvidia.hopper") is not None
 
 
 def _check_triton(q: Tensor) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from apb.attend import masked_attention
 from apb.bench import Row
 from apb.bench.measure import Bench
+from apb.bench.peers import CuDNN, FlashAttention3
 
 __all__ = ["SHAPES", "Shape", "draw", "mask_pairs", "run"]
 
@@ -21,25 +22,38 @@ Q_HEADS, KV_HEADS, DIM = 32, 8, 128
 
 
 class Shape(NamedTuple):
-    """Tokens of the anchor, the passing block and the block."""
+    """Tokens of the anchor, the passing block and the block; whether the anchor's rows are among the queries."""
 
     anchor: int
     passing: int
     block: int
+    anchor_rows: bool = True
+
+    def __str__(self) -> str:
+        return "/".join(map(str, self[:3])) + ("" if self.anchor_rows else ", rows of the block")
 
 
-SHAPES = (Shape(1024, 3584, 4096), Shape(4096, 14336, 16384), Shape(8192, 28672, 65536))
-"""Llama-3.1-8B on the last of 8 hosts: 32K, 128K and 512K tokens."""
+SHAPES = (
+    Shape(1024, 7 * 512, 4096),  # the last of 8 hosts, with the paper's anchor and passing lengths: 32K tokens
+    Shape(4096, 7 * 2048, 16384),  # 128K
+    Shape(2048, 7 * 1024, 8192),  # 64K
+    Shape(8192, 7 * 4096, 32768),  # 256K
+    Shape(8192, 7 * 8192, 65536),  # 512K
+    Shape(4096, 3 * 1024, 8192),  # 128K in zigzag, the two blocks of host 3
+    Shape(4096, 12 * 1024, 8192, anchor_rows=False),
+    Shape(0, 0, 16384),  # plain causal
+)
+"""Of one layer with Llama-3.1-8B's heads; the first two are the quick run's."""
 
 
 def mask_pairs(shape: Shape) -> int:
     """Count the (row, column) pairs of the mask: A(A+1)/2 + B(A+P) + B(B+1)/2.
 
-    >>> mask_pairs(Shape(anchor=2, passing=3, block=4))
-    33
+    >>> mask_pairs(Shape(anchor=2, passing=3, block=4)), mask_pairs(Shape(2, 3, 4, anchor_rows=False))
+    (33, 30)
     """
-    a, p, b = shape
-    return a * (a + 1) // 2 + b * (a + p) + b * (b + 1) // 2
+    a, p, b, anchor_rows = shape
+    return anchor_rows * a * (a + 1) // 2 + b * (a + p) + b * (b + 1) // 2
 
 
 def run(quick: bool = False, out: Path | None = None) -> list[Row]:
@@ -56,17 +70,18 @@ def run(quick: bool = False, out: Path | None = None) -> list[Row]:
         RuntimeError: if there is no CUDA device.
     """
     bench = Bench("masked_attention")
-    for shape in SHAPES[: 2 if quick else 3]:
+    for shape in SHAPES[: 2 if quick else None]:
         flop = 4 * mask_pairs(shape) * DIM * Q_HEADS
         for name, call in _contenders(shape):
-            bench.measure("/".join(map(str, shape)), name, call, flop=flop)
+            bench.measure(str(shape), name, call, flop=flop)
     return bench.finish(out)
 
 
 def draw(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
     """Draw the queries of [A, B] and the keys and values of [A, P, B], random bf16, on the GPU."""
     generator = torch.Generator("cuda").manual_seed(0)
-    sizes = ((Q_HEADS, shape.anchor + shape.block), (KV_HEADS, sum(shape)), (KV_HEADS, sum(shape)))
+    rows, columns = shape.anchor_rows * shape.anchor + shape.block, shape.anchor + shape.passing + shape.block
+    sizes = ((Q_HEADS, rows), (KV_HEADS, columns), (KV_HEADS, columns))
     q, k, v = (torch.randn(1, *size, DIM, dtype=torch.bfloat16, device="cuda", generator=generator) for size in sizes)
     return q, k, v
 
@@ -75,22 +90,8 @@ def _contenders(shape: Shape) -> Iterator[tuple[str, Callable[[], object]]]:
     """Yield the name and the call of each backend and peer, on the same random bf16 tensors."""
     q, k, v = draw(shape)
     lengths = {"anchor_tokens": shape.anchor, "passing_tokens": shape.passing}
-    for backend in ("triton", "flex", "sdpa"):
+    for backend in ("hopper", "triton", "flex", "sdpa"):
         yield backend, partial(masked_attention, q, k, v, **lengths, backend=backend)
-    yield "fa3", _FlashAttention3(q, k, v, shape.anchor)
-
-
-class _FlashAttention3:
-    """FlashAttention-3 from the wheel `fa3_fwd`: two causal launches aligned at the bottom right."""
-
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, anchor: int) -> None:
-        self.anchor = anchor
-        self.tensors = [x.transpose(1, 2).contiguous() for x in (q, k, v)]  # batch tokens heads dim
-
-    def __call__(self) -> tuple[object, object]:
-        from fa3_fwd_interface import flash_attn_func  # ty: ignore[import-not-found]
-
-        q, k, v = self.tensors
-        a = self.anchor
-        anchor = flash_attn_func(q[:, :a], k[:, :a], v[:, :a], causal=True)
-        return anchor, flash_attn_func(q[:, a:], k, v, causal=True)
+    anchor_rows = shape.anchor if shape.anchor_rows else 0
+    yield "fa3", FlashAttention3(q, k, v, anchor_rows)
+    yield "cudnn", CuDNN(q, k, v, anchor_rows)

@@ -2,6 +2,7 @@
 
 from apb.compress.compressor import Candidates, Compressor, Document, Kept, Projections
 from apb.compress.key_norm import KeyNorm
+from apb.compress.nan import NanWatch
 from apb.compress.oracle import Oracle
 from apb.compress.pool import MaxPool, MeanPool, Pool, no_pool
 from apb.compress.query_aware import QueryAware
@@ -20,6 +21,7 @@ __all__ = [
     "KeyNorm",
     "MaxPool",
     "MeanPool",
+    "NanWatch",
     "Oracle",
     "Pool",
     "Projections",

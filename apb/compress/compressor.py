@@ -13,8 +13,9 @@ from einops import repeat
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from apb.compress.nan import NanWatch
 from apb.compress.pool import MaxPool, Pool
-from apb.compress.select import select
+from apb.compress.select import gather, pool_and_select
 from apb.costs import ModelShape
 
 __all__ = ["Candidates", "Compressor", "Document", "Kept", "Need", "Projections"]
@@ -70,9 +71,20 @@ class Candidates:
 class Kept:
     """What a block passes on: K and V at their original positions, and where they stood among the candidates."""
 
-    k: Float[Tensor, "batch kv_heads kept dim"]
-    v: Float[Tensor, "batch kv_heads kept dim"]
+    message: Float[Tensor, "batch kv_heads kept both_dims"]
+    """K and V side by side, as they are sent."""
+    key_dim: int
     indices: Int[Tensor, "batch kv_heads kept"]
+
+    @property
+    def k(self) -> Float[Tensor, "batch kv_heads kept dim"]:
+        """The keys, a view of the message."""
+        return self.message[..., : self.key_dim]
+
+    @property
+    def v(self) -> Float[Tensor, "batch kv_heads kept dim"]:
+        """The values, a view of the message."""
+        return self.message[..., self.key_dim :]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,12 +114,13 @@ class Compressor(ABC):
     def score(self, candidates: Candidates) -> Float[Tensor, "batch kv_heads tokens"]:
         """Return how much each candidate matters, per KV head; higher is kept first."""
 
-    def compress(self, candidates: Candidates, keep: int) -> Kept:
+    def compress(self, candidates: Candidates, keep: int, *, watch: NanWatch | None = None) -> Kept:
         """Keep the `keep` best candidates of each KV head, sorted by position; ties go to the lowest position.
 
         Args:
             candidates: one block's tokens in one layer.
             keep: how many to keep, 0 ≤ keep ≤ tokens.
+            watch: notes NaN scores for its `check`; None checks here, which waits for the device.
 
         Raises:
             ValueError: `keep` out of range, something in `needs` is missing, or scores of the wrong shape or NaN.
@@ -129,15 +142,15 @@ class Compressor(ABC):
                     f"scores: {type(self).__name__}.score returned shape {tuple(scores.shape)}, expected "
                     f"(batch, kv_heads, tokens) = {(batch, kv_heads, tokens)}"
                 )
-            if scores.isnan().any():
-                raise ValueError(
-                    f"scores: {type(self).__name__} gave NaN in layer {candidates.layer}, block {candidates.block}; "
-                    f"look for NaN or infinite activations before this layer"
-                )
-            indices = select(self.pool(scores.float()), keep)
+            indices, nan = pool_and_select(scores, keep, self.pool)
+            noted = NanWatch() if watch is None else watch
+            noted.note(f"{type(self).__name__} gave NaN in layer {candidates.layer}, block {candidates.block}", nan)
+            if watch is None:
+                noted.check()
         else:
             indices = repeat(torch.arange(keep, device=candidates.k.device), "n -> b h n", b=batch, h=kv_heads)
-        return Kept(k=_gather(candidates.k, indices), v=_gather(candidates.v, indices), indices=indices)
+        message = gather(candidates.k, candidates.v, indices)
+        return Kept(message=message, key_dim=candidates.k.shape[-1], indices=indices)
 
 
 def _check_shapes(candidates: Candidates) -> None:
@@ -156,7 +169,3 @@ def _check_shapes(candidates: Candidates) -> None:
                 f"{name}: expected [batch {k.shape[0]}, a multiple of {k.shape[1]} heads (the same for q and query), "
                 f"{wanted} tokens, dim {k.shape[3]}], got {tuple(x.shape)}"
             )
-
-
-def _gather(x: Tensor, indices: Tensor) -> Tensor:
-    return x.gather(2, indices[..., None].expand(-1, -1, -1, x.shape[-1]))

@@ -7,9 +7,10 @@ from einops import einsum, reduce
 from jaxtyping import Float
 from torch import Tensor
 
+from apb.compress.backend import CompressBackend, choose_backend
 from apb.compress.compressor import Candidates, Compressor, Need
 
-__all__ = ["QueryAware"]
+__all__ = ["QueryAware", "mean_logits"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,29 @@ class QueryAware(Compressor):
     def score(self, candidates: Candidates) -> Float[Tensor, "batch kv_heads tokens"]:
         """Return the mean logit of the question on each candidate, without scale: only the order matters."""
         assert candidates.query is not None  # `compress` has checked `needs`
-        k = candidates.k
-        question = reduce(candidates.query.to(torch.float32), "b (h g) l d -> b h d", "mean", h=k.shape[1])
-        return einsum(k.to(torch.float32), question, "b h n d, b h d -> b h n")
+        return mean_logits(candidates.query, candidates.k)
+
+
+def mean_logits(
+    query: Float[Tensor, "batch q_heads query dim"],
+    k: Float[Tensor, "batch kv_heads tokens dim"],
+    *,
+    backend: CompressBackend = "auto",
+) -> Float[Tensor, "batch kv_heads tokens"]:
+    """Return k_t · q, q the mean of a KV head's query vectors, in float32.
+
+    Args:
+        query: the question's vectors, a multiple of k's heads.
+        k: keys of any stride.
+        backend: "torch" runs anywhere; "triton" reads the keys once; "auto" takes it on CUDA. They sum in another
+            order, so scores may differ by float32's rounding.
+
+    Raises:
+        ValueError: a backend that cannot run here.
+    """
+    question = reduce(query.to(torch.float32), "b (h g) l d -> b h d", "mean", h=k.shape[1])
+    if choose_backend(backend, k, question) == "triton":
+        from apb.kernels.score import score_keys
+
+        return score_keys(k, question.contiguous())
+    return einsum(k.to(torch.float32), question, "b h n d, b h d -> b h n")

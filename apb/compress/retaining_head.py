@@ -11,10 +11,11 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from apb.compress.compressor import Candidates, Compressor, Need
+from apb.compress.backend import CompressBackend, choose_backend
+from apb.compress.compressor import Candidates, Compressor, Need, Projections
 from apb.costs import ModelShape
 
-__all__ = ["RetainingHead", "load_retaining_head", "save_retaining_head"]
+__all__ = ["RetainingHead", "head_scores", "load_retaining_head", "save_retaining_head"]
 
 _KEY = "model.layers.{layer}.self_attn.{part}.weight"
 
@@ -64,14 +65,39 @@ class RetainingHead(Compressor):
         return RetainingHead(pool=self.pool, fc1=fc1, fc2=fc2)
 
     def score(self, candidates: Candidates) -> Float[Tensor, "batch kv_heads tokens"]:
-        """Return the heads' scores in the weights' dtype."""
+        """Return the layer's scores, as `head_scores` computes them."""
         p, layer = candidates.projections, candidates.layer
         assert p is not None  # `compress` has checked `needs`
         if layer >= len(self.fc1):
             raise ValueError(f"layer: the checkpoint holds {len(self.fc1)} layers, got layer {layer}")
-        x = torch.cat([rearrange(part, "b h n d -> b n (h d)") for part in (p.q, p.k, p.v)], dim=-1)
-        hidden = F.silu(F.linear(x.to(self.fc1[layer].dtype), self.fc1[layer]))
-        return rearrange(F.linear(hidden, self.fc2[layer]), "b n h -> b h n")
+        return head_scores(p, self.fc1[layer], self.fc2[layer])
+
+
+def head_scores(
+    projections: Projections,
+    fc1: Float[Tensor, "width inputs"],
+    fc2: Float[Tensor, "kv_heads width"],
+    *,
+    backend: CompressBackend = "auto",
+) -> Float[Tensor, "batch kv_heads tokens"]:
+    """Return fc2(silu(fc1(concat(q, k, v)))) of each token, computed in the weights' dtype.
+
+    Args:
+        projections: before RoPE, of any stride.
+        fc1, fc2: one layer's weights.
+        backend: "torch" runs anywhere and returns the weights' dtype; "triton" makes no concatenation, keeps the
+            hidden units in registers and returns float32; "auto" takes it on CUDA.
+
+    Raises:
+        ValueError: a backend that cannot run here.
+    """
+    q, k, v = (part.to(fc1.dtype) for part in (projections.q, projections.k, projections.v))
+    if q.shape[2] and choose_backend(backend, q, k, v, fc1, fc2) == "triton":
+        from apb.kernels.retaining_head import retaining_head_scores
+
+        return retaining_head_scores(q, k, v, fc1.contiguous(), fc2.contiguous())
+    x = torch.cat([rearrange(part, "b h n d -> b n (h d)") for part in (q, k, v)], dim=-1)
+    return rearrange(F.linear(F.silu(F.linear(x, fc1)), fc2), "b n h -> b h n")
 
 
 def load_retaining_head(path: str | Path) -> RetainingHead:

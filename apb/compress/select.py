@@ -1,10 +1,16 @@
 """Pick the best tokens: deterministic, sorted by position, nested as the budget grows."""
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-__all__ = ["select"]
+from apb.compress.backend import CompressBackend, choose_backend
+from apb.compress.pool import MaxPool, MeanPool, Pool, no_pool
+
+__all__ = ["gather", "pool_and_select", "select"]
+
+_FUSED_KERNEL = 5  # the kernel loads every neighbour of a token: wider pools would spill registers
+_MOST_TOKENS = 2**21 - 1  # as far as it counts
 
 
 def select(scores: Float[Tensor, "*heads tokens"], keep: int) -> Int[Tensor, "*heads kept"]:
@@ -14,13 +20,77 @@ def select(scores: Float[Tensor, "*heads tokens"], keep: int) -> Int[Tensor, "*h
     neither).
 
     Args:
-        scores: any leading dimensions; no NaN.
+        scores: any leading dimensions; NaN counts as the highest.
         keep: 0 ≤ keep ≤ tokens.
 
     Raises:
         ValueError: `keep` out of range.
     """
-    if not 0 <= keep <= scores.shape[-1]:
-        raise ValueError(f"keep: expected 0 to {scores.shape[-1]}, the number of scores, got {keep}")
+    _check_keep(scores, keep)
     order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
     return order[..., :keep].sort(dim=-1).values
+
+
+def pool_and_select(
+    scores: Float[Tensor, "batch heads tokens"], keep: int, pool: Pool, *, backend: CompressBackend = "auto"
+) -> tuple[Int[Tensor, "batch heads kept"], Bool[Tensor, "batch heads"]]:
+    """Return `select(pool(scores), keep)`, computed in float32, and which heads' scores held NaN.
+
+    Given the same scores, every backend selects the same tokens, to the last one.
+
+    Args:
+        scores: of any float dtype.
+        keep: 0 ≤ keep ≤ tokens.
+        pool: any; "triton" computes `MaxPool` and `MeanPool` of up to 5 tokens itself, and lets others run before.
+        backend: "torch" runs anywhere; "triton" pools and selects in one launch, of up to 2²¹ − 1 tokens; "auto"
+            takes it on CUDA, as far as it goes.
+
+    Raises:
+        ValueError: `keep` out of range, or a backend that cannot run here.
+    """
+    _check_keep(scores, keep)
+    chosen = choose_backend(backend, scores)
+    if chosen == "triton" and scores.shape[-1] > _MOST_TOKENS:
+        if backend == "triton":
+            raise ValueError(
+                f"backend 'triton' takes up to {_MOST_TOKENS} tokens, got {scores.shape[-1]}; use backend='torch'"
+            )
+        chosen = "torch"
+    if chosen == "torch" or keep == 0 or scores.numel() == 0:
+        return select(pool(scores.float()), keep), scores.isnan().any(dim=-1)
+    from apb.kernels.select import select_kept
+
+    if pool is no_pool:
+        return select_kept(scores, keep, 1, False)
+    if isinstance(pool, MaxPool | MeanPool) and pool.kernel <= _FUSED_KERNEL:
+        return select_kept(scores, keep, pool.kernel, isinstance(pool, MeanPool))
+    return select_kept(pool(scores.float()), keep, 1, False)[0], scores.isnan().any(dim=-1)
+
+
+def gather(
+    k: Float[Tensor, "batch heads tokens dim"],
+    v: Float[Tensor, "batch heads tokens dim_v"],
+    indices: Int[Tensor, "batch heads kept"],
+    *,
+    backend: CompressBackend = "auto",
+) -> Float[Tensor, "batch heads kept both_dims"]:
+    """Return the keys and values at `indices` side by side, as they are sent: [k, v] along the last dimension.
+
+    Args:
+        k, v: of the same dtype.
+        indices: positions among the tokens.
+        backend: "torch" runs anywhere; "triton" copies both in one launch; "auto" takes it on CUDA.
+
+    Raises:
+        ValueError: a backend that cannot run here.
+    """
+    if choose_backend(backend, k, v) == "triton":
+        from apb.kernels.select import gather_kept
+
+        return gather_kept(k, v, indices.contiguous())
+    return torch.cat([x.gather(2, indices[..., None].expand(-1, -1, -1, x.shape[-1])) for x in (k, v)], dim=-1)
+
+
+def _check_keep(scores: Tensor, keep: int) -> None:
+    if not 0 <= keep <= scores.shape[-1]:
+        raise ValueError(f"keep: expected 0 to {scores.shape[-1]}, the number of scores, got {keep}")

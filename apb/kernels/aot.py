@@ -20,18 +20,33 @@ import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
 
-from . import decode, masked_flash, merge, vertical_slash
+from . import (
+    decode,
+    hopper,
+    hopper_kernel,
+    masked_flash,
+    masked_flash_backward,
+    masked_flash_backward_kernels,
+    merge,
+    vertical_slash,
+)  # fmt: skip
 
 __all__ = [
     "SHARED_BYTES_LIMIT",
+    "TRITON_NAME",
     "Report",
     "all_reports",
     "compile_kernel",
     "report_decode",
+    "report_hopper",
     "report_masked_flash",
+    "report_masked_flash_backward",
     "report_merge",
     "report_vertical_slash",
+    "what",
 ]
 
 SHARED_BYTES_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -95,8 +110,9 @@ def compile_kernel(
         for i, name in enumerate(kernel.arg_names)
         if signature[name].startswith("*") or (name.startswith("stride_") and name not in constants)
     }
+    source = GluonASTSource if kernel.is_gluon() else ASTSource
     compiled = triton.compile(
-        ASTSource(kernel, signature, dict(constants), attributes),
+        source(kernel, signature, dict(constants), attributes),
         target=GPUTarget("cuda", capability, 32),
         options={"num_warps": warps, "num_stages": stages},
     )
@@ -130,7 +146,7 @@ def _assemble(ptx: str, capability: int, shared_bytes: int) -> Report:
 def report_masked_flash(dtype: torch.dtype, dim: int, capability: int, *, tma: bool, causal: bool = True) -> Report:
     """Compile the masked attention kernel with its table's tiles, for keys and values that TMA can read or cannot."""
     tiles = masked_flash.choose_tiles(dtype, dim, divmod(capability, 10), tma=tma)
-    name, block_d = _TRITON_NAME[dtype], triton.next_power_of_2(dim)
+    name, block_d = TRITON_NAME[dtype], triton.next_power_of_2(dim)
     types = {x: f"*{name}" for x in ("q", "k", "v", "out")} | {"lse": "*fp32", "scale_log2": "fp32"}
     if tiles.tma:
         types["k"] = types["v"] = f"tensordesc<{name}[1, 1, {tiles.block_n}, {block_d}]>"
@@ -145,20 +161,57 @@ def report_masked_flash(dtype: torch.dtype, dim: int, capability: int, *, tma: b
 def report_decode(dtype: torch.dtype, dim: int, packed_rows: int, capability: int) -> Report:
     """Compile the split-KV kernel for a number of rows · heads of a group."""
     tiles = decode.choose_tiles(dtype, dim, packed_rows)
-    name = _TRITON_NAME[dtype]
-    types = {x: f"*{name}" for x in ("q", "k", "v")} | {"outs": "*fp32", "lses": "*fp32", "scale_log2": "fp32"}
-    constants = {f"stride_{x}d": 1 for x in "qkvo"} | {
-        "D": dim, "BLOCK_D": triton.next_power_of_2(dim), "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n,
-        "CAUSAL": True,
+    name, block_d = TRITON_NAME[dtype], triton.next_power_of_2(dim)
+    kept_rows, merged_rows, parts = decode.split_shape(packed_rows, tiles.block_m, block_d)
+    types = {x: f"*{name}" for x in ("q", "k", "v", "out")} | {"lse": "*fp32", "partials": "*fp32", "lengths": "*i32"}
+    types |= {"tickets": "*i64", "mark": "i64", "scale_log2": "fp32"}
+    constants = {f"stride_{x}d": 1 for x in "qkv"} | {
+        "CAUSAL": True, "D": dim, "BLOCK_D": block_d, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n,
+        "ROWS": kept_rows, "MERGED": merged_rows, "PARTS": parts,
     }  # fmt: skip
     kernel = decode.split_kv_decode_kernel
     return compile_kernel(kernel, types, constants, capability=capability, warps=tiles.warps, stages=tiles.stages)
 
 
+def report_masked_flash_backward(dtype: torch.dtype, dim: int, capability: int, *, tma: bool, keys: bool) -> Report:
+    """Compile the kernel of the keys' and values' gradient, or of the queries'."""
+    choose = masked_flash_backward.choose_key_tiles if keys else masked_flash_backward.choose_query_tiles
+    tiles, name = choose(dtype, dim, divmod(capability, 10), tma=tma), TRITON_NAME[dtype]
+    block_d = triton.next_power_of_2(dim)
+    types = {x: f"*{name}" for x in ("q", "k", "v", "grad_out", "grad_q", "grad_k", "grad_v")}
+    types |= {"lse": "*fp32", "delta": "*fp32", "scale": "fp32", "scale_log2": "fp32"}
+    if tiles.tma:
+        tokens = tiles.block_m if keys else tiles.block_n
+        streamed = ("q", "grad_out") if keys else ("k", "v")
+        types |= {x: f"tensordesc<{name}[1, 1, {tokens}, {block_d}]>" for x in streamed}
+    constants = {f"stride_{x}d": 1 for x in ("qkvgxy" if keys else "qkvgx")} | {
+        "D": dim, "BLOCK_D": block_d, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "TMA": tiles.tma,
+        "STAGES": tiles.stages, "DIAGONAL_STAGES": tiles.diagonal_stages,
+    }  # fmt: skip
+    module = masked_flash_backward_kernels
+    kernel = module.grad_keys_kernel if keys else module.grad_queries_kernel
+    return compile_kernel(kernel, types, constants, capability=capability, warps=tiles.warps, stages=tiles.stages)
+
+
+def report_hopper(dtype: torch.dtype, dim: int, *, causal: bool = True) -> Report:
+    """Compile the Hopper kernel for tensors whose last stride is 1."""
+    tiles = hopper.choose_tiles(dim)
+    name, boxes = TRITON_NAME[dtype], {"q": 64, "k": tiles.block_n, "v": tiles.block_n}
+    types = {"out": f"*{name}", "lse": "*fp32", "counter": "*i32", "scale_log2": "fp32"}
+    for x, rows in boxes.items():
+        layout = gl.NVMMASharedLayout.get_default_for([1, 1, rows, dim], hopper.GLUON_TYPE[dtype])
+        types[x] = f"tensordesc<{name}[1, 1, {rows}, {dim}],{layout!r}>"
+    constants = {
+        "stride_od": 1, "CAUSAL": causal, "D": dim, "CONSUMERS": tiles.consumers, "BLOCK_N": tiles.block_n,
+        "STAGES": tiles.stages, "Q_IN_REGISTERS": tiles.q_in_registers, "REGISTERS": tiles.registers,
+    }  # fmt: skip
+    return compile_kernel(hopper_kernel.hopper_flash_kernel, types, constants, capability=90, warps=4, stages=1)
+
+
 def report_vertical_slash(dtype: torch.dtype, dim: int, capability: int, *, tma: bool) -> Report:
     """Compile the kernel over listed keys, one list for all row tiles, for keys that TMA can read or cannot."""
     cut = vertical_slash.choose_tiles(dtype, dim, divmod(capability, 10), tma=tma)
-    name, block_d = _TRITON_NAME[dtype], triton.next_power_of_2(dim)
+    name, block_d = TRITON_NAME[dtype], triton.next_power_of_2(dim)
     types = {x: f"*{name}" for x in ("q", "k", "v", "k_tiles", "v_tiles", "out")} | {"lse": "*fp32"}
     types |= {x: "*i32" for x in ("tiles", "tile_counts", "columns", "column_counts")} | {"covered": "*u8"}
     types["scale_log2"] = "fp32"
@@ -177,11 +230,13 @@ def report_merge(dim: int, capability: int) -> Report:
     """Compile the merge kernel for float32 partials and a bfloat16 result."""
     block_d = triton.next_power_of_2(dim)
     types = {"outs": "*fp32", "lses": "*fp32", "out": "*bf16", "lse": "*fp32"}
-    constants = {"stride_sd": 1, "stride_ln": 1, "D": dim, "BLOCK_D": block_d, "BLOCK_ROWS": merge.block_rows(block_d)}
+    at_once, program_rows = merge.merge_shape(8, block_d)
+    constants = {"stride_sd": 1, "stride_ln": 1, "D": dim, "BLOCK_D": block_d, "PARTS": at_once,
+                 "BLOCK_ROWS": program_rows}  # fmt: skip
     return compile_kernel(merge.merge_kernel, types, constants, capability=capability, warps=4, stages=3)
 
 
-_TRITON_NAME = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+TRITON_NAME = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 def all_reports(capability: int) -> Iterator[dict[str, Any]]:
@@ -192,18 +247,32 @@ def all_reports(capability: int) -> Iterator[dict[str, Any]]:
             for tma in (False, True) if dtype == torch.bfloat16 and capability >= 90 else (False,):
                 name = "masked_flash" + (" tma" if tma else "")
                 reports[name] = report_masked_flash(dtype, dim, capability, tma=tma)
-                if dtype == torch.bfloat16:
+                if dtype == torch.bfloat16 and dim == 128:
                     reports[name + " full"] = report_masked_flash(dtype, dim, capability, tma=tma, causal=False)
+                for keys in (False, True) if dim <= 128 else ():
+                    part = f"masked_flash_backward {'keys' if keys else 'queries'}" + (" tma" if tma else "")
+                    reports[part] = report_masked_flash_backward(dtype, dim, capability, tma=tma, keys=keys)
                 reports["vertical_slash" + (" tma" if tma else "")] = report_vertical_slash(
                     dtype, dim, capability, tma=tma
                 )
             for packed_rows in (16, 64) if dtype == torch.bfloat16 else (16,):
                 reports[f"decode {packed_rows} rows"] = report_decode(dtype, dim, packed_rows, capability)
             for name, report in reports.items():
-                what = {"kernel": name, "dtype": _TRITON_NAME[dtype], "dim": dim, "capability": capability}
-                yield what | asdict(report)
-    what = {"kernel": "merge", "dtype": "fp32", "dim": 128, "capability": capability}
-    yield what | asdict(report_merge(128, capability))
+                yield what(name, dtype, dim, capability) | asdict(report)
+    if capability == 90:
+        for dtype in (torch.bfloat16, torch.float16):
+            for dim in hopper.DIMS:
+                yield what("hopper", dtype, dim, capability) | asdict(report_hopper(dtype, dim))
+        yield what("hopper full", dtype, dim, capability) | asdict(report_hopper(dtype, dim, causal=False))
+    from .aot_compress import compress_reports  # it imports this module
+
+    yield from compress_reports(capability)
+    yield what("merge", torch.float32, 128, capability) | asdict(report_merge(128, capability))
+
+
+def what(kernel: str, dtype: torch.dtype, dim: int, capability: int) -> dict[str, Any]:
+    """Name one compilation."""
+    return {"kernel": kernel, "dtype": TRITON_NAME[dtype], "dim": dim, "capability": capability}
 
 
 if __name__ == "__main__":  # one line of JSON a report

@@ -2,10 +2,14 @@
 
 Reading the cache is all the cost, so it is read once: the rows of all query heads that share a KV head are packed
 into one tile (l rows × g heads), and the keys are cut into enough splits to fill the GPU. Every split leaves a
-partial output and its log-sum-exp in float32; the merge kernel joins them.
+partial output and its log-sum-exp in float32. There is one launch: of the programs that share a row tile, the one
+that finishes last merges what all of them left, in the order of the keys, so that a result does not depend on who
+finishes when.
 """
 
+import itertools
 import math
+import random
 from typing import NamedTuple
 
 import torch
@@ -13,9 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .merge import merge_partials
+from .merge import merge_parts
 
-__all__ = ["Tiles", "choose_splits", "choose_tiles", "launch", "split_kv_decode", "split_kv_decode_kernel"]
+__all__ = ["Tiles", "choose_splits", "choose_tiles", "launch", "split_kv_decode", "split_kv_decode_kernel",
+           "split_shape"]  # fmt: skip
 
 
 @triton.jit
@@ -47,38 +52,82 @@ def sweep_keys(acc, peak, total, q, k, v, lo, hi, limit, stride_kn, stride_kd, s
     return acc, peak, total
 
 
-@triton.jit(do_not_specialize=["rows", "columns", "kv_heads", "group", "split_keys"])
+@triton.jit
+def leave_part(partials, lses, acc, row_lse, split, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr):
+    """Store the first ROWS rows of a split's result where the program that merges will look for them."""
+    row, dims = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    tl.store(lses + split * ROWS + row, row_lse, mask=row < ROWS)
+    tl.store(partials + (split * ROWS + row)[:, None] * BLOCK_D + dims[None, :], acc, mask=(row < ROWS)[:, None])
+    tl.debug_barrier()  # what all threads stored comes before the ticket that one of them draws
+
+
+@triton.jit
+def store_rows(out, lse, acc, row_lse, first, rows, kv_head, kv_heads, group, batch, D: tl.constexpr,
+               BLOCK_D: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+    """Store packed rows from `first` on, of [batch, q_heads, rows, D] without gaps, and their LSEs."""
+    packed = first + tl.arange(0, ROWS)
+    dims = tl.arange(0, BLOCK_D)
+    inside = packed < rows * group
+    row = (batch * kv_heads * group + kv_head * group + packed % group) * rows + packed // group
+    tl.store(lse + row, row_lse, mask=inside)
+    stored = inside[:, None] & (dims < D)[None, :]
+    tl.store(out + row[:, None] * D + dims[None, :], acc.to(out.dtype.element_ty), mask=stored)
+
+
+@triton.jit
+def open_ticket(ticket, mark):
+    """Set a counter that holds anything to `mark`, whichever program comes first; later ones find it in [mark, …)."""
+    found = tl.atomic_cas(ticket, tl.cast(0, tl.int64), mark)
+    if (found != 0) & (found // 65536 != mark // 65536):
+        tl.atomic_cas(ticket, found, mark)  # fails if another program was faster
+
+
+@triton.jit(do_not_specialize=["mark", "rows", "columns", "kv_heads", "group", "splits", "block", "stride_length"])
 def split_kv_decode_kernel(
-    q, k, v, outs, lses, scale_log2, rows, columns, kv_heads, group, split_keys,
+    q, k, v, lengths, out, lse, partials, tickets, mark, scale_log2, rows, columns, kv_heads, group, splits, block,
     stride_qb, stride_qh, stride_qn, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
-    stride_vb, stride_vh, stride_vn, stride_vd,
-    stride_op, stride_ob, stride_oh, stride_on, stride_od, stride_lp,
+    stride_vb, stride_vh, stride_vn, stride_vd, stride_length,
     CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr, MERGED: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Attend from one tile of packed rows to one split; `lses` is contiguous but for its first stride."""
-    tile, split = tl.program_id(0), tl.program_id(1)
-    batch, kv_head = (tl.program_id(2) // kv_heads).to(tl.int64), (tl.program_id(2) % kv_heads).to(tl.int64)
+    """Attend from one tile of packed rows to one split of the keys; the program that ends last merges the splits.
+
+    `partials` holds, for each row tile, [splits, ROWS, BLOCK_D] outputs, and behind them all [splits, ROWS] LSEs.
+    `tickets` is a counter for each row tile, and holds anything at first. The first program of a tile sets it to
+    `mark`, which no other launch has; the one that ends last finds mark + splits − 1 there, and sets it to 0, since a
+    CUDA graph will come again with the same mark. `block` is BLOCK_N, which the compiler must not know of here: it
+    would unfold the second sweep, and the assembler then serialise the tensor-core instructions.
+    """
+    tile, split, pair = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    batch, kv_head = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64)
+    if lengths is not None:
+        columns = tl.minimum(tl.maximum(tl.load(lengths + batch * stride_length), 0), columns)
+    end, seen_by_all = columns, columns
+    if CAUSAL:
+        end = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // group, rows - 1) + columns - rows + 1
+        seen_by_all = tile * BLOCK_M // group + columns - rows + 1
+    split_keys = tl.maximum(tl.cdiv(columns, splits * block), 1) * block
+    live = tl.maximum(tl.cdiv(tl.maximum(end, 0), split_keys), 1)
+    if split >= live:  # no row of this tile sees so far
+        return
 
     packed = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # row · group + member: a causal tile ends early
     row, q_head = packed // group, kv_head * group + packed % group
     dims = tl.arange(0, BLOCK_D)
-    inside = packed < rows * group
-    stored = inside[:, None] & (dims < D)[None, :]
     q += batch * stride_qb + (q_head * stride_qh + row.to(tl.int64) * stride_qn)[:, None] + dims[None, :] * stride_qd
-    q_tile = tl.load(q, mask=stored, other=0.0)
+    q_tile = tl.load(q, mask=(packed < rows * group)[:, None] & (dims < D)[None, :], other=0.0)
+    place = pair * tl.num_programs(0) + tile
+    if live > 1:
+        open_ticket(tickets + place, mark)  # here, where it waits for q anyway
     k += batch * stride_kb + kv_head * stride_kh
     v += batch * stride_vb + kv_head * stride_vh
 
     lo = split * split_keys
-    hi = tl.minimum(lo + split_keys, columns)
+    hi = tl.minimum(lo + split_keys, end)
+    full = lo + tl.maximum(tl.minimum(hi, seen_by_all) - lo, 0) // BLOCK_N * BLOCK_N
     limit = tl.zeros([BLOCK_M], tl.int32) + (columns - 1)
-    seen_by_all = hi
     if CAUSAL:
         limit = row + (columns - rows)
-        seen_by_all = tl.minimum(hi, tile * BLOCK_M // group + columns - rows + 1)
-        hi = tl.minimum(hi, tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // group, rows - 1) + columns - rows + 1)
-    full = lo + tl.maximum(seen_by_all - lo, 0) // BLOCK_N * BLOCK_N
-
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -86,32 +135,46 @@ def split_kv_decode_kernel(
                                   stride_vd, scale_log2, D, BLOCK_N, BLOCK_D, False)  # fmt: skip
     acc, peak, total = sweep_keys(acc, peak, total, q_tile, k, v, full, hi, limit, stride_kn, stride_kd, stride_vn,
                                   stride_vd, scale_log2, D, BLOCK_N, BLOCK_D, True)  # fmt: skip
-
     total = tl.where(peak == float("-inf"), 1.0, total)  # a row that saw nothing: (0, −inf)
     acc = acc / total[:, None]
-    lse = (peak + tl.log2(total)) * 0.6931471805599453
-    outs += split.to(tl.int64) * stride_op + batch * stride_ob
-    outs += (q_head * stride_oh + row.to(tl.int64) * stride_on)[:, None] + dims[None, :] * stride_od
-    tl.store(outs, acc.to(outs.dtype.element_ty), mask=stored)
-    lses += split.to(tl.int64) * stride_lp + (batch * kv_heads * group + q_head) * rows + row
-    tl.store(lses, lse, mask=inside)
+    row_lse = (peak + tl.log2(total)) * 0.6931471805599453
+
+    if live == 1:
+        store_rows(out, lse, acc, row_lse, tile * BLOCK_M, rows, kv_head, kv_heads, group, batch, D, BLOCK_D, BLOCK_M)
+        return
+    all_rows = tl.num_programs(2).to(tl.int64) * tl.num_programs(0) * splits * ROWS
+    lses = partials + all_rows * BLOCK_D + place.to(tl.int64) * splits * ROWS
+    partials += place.to(tl.int64) * splits * ROWS * BLOCK_D
+    leave_part(partials, lses, acc, row_lse, split, BLOCK_D, BLOCK_M, ROWS)
+    if tl.atomic_add(tickets + place, 1, sem="acq_rel") == mark + live - 1:
+        tl.store(tickets + place, 0)
+        for first in range(0, ROWS, MERGED):
+            local = first + tl.arange(0, MERGED)
+            merged, merged_lse = merge_parts(partials, lses, live, ROWS * BLOCK_D, 1, ROWS, local * BLOCK_D, local,
+                                             local < ROWS, BLOCK_D, BLOCK_D, PARTS, MERGED)  # fmt: skip
+            store_rows(out, lse, merged, merged_lse, tile * BLOCK_M + first, rows, kv_head, kv_heads, group, batch, D,
+                       BLOCK_D, MERGED)  # fmt: skip
 
 
 class Tiles(NamedTuple):
-    """How one program cuts its work: packed rows × keys of a tile, warps and pipeline stages."""
+    """How one program cuts its work: packed rows × keys of a tile, warps, pipeline stages, programs on a processor."""
 
     block_m: int
     block_n: int
     warps: int
     stages: int
+    per_processor: int = 1
 
 
 def choose_tiles(dtype: torch.dtype, dim: int, packed_rows: int) -> Tiles:
     """Fit the row tile to the packed rows, 16 .. 64, and the key tile to shared memory and registers."""
-    block_m = min(64, max(16, triton.next_power_of_2(packed_rows)))
     if dtype == torch.float32:
-        return Tiles(16, 32, 8, 1)
-    return Tiles(block_m, 64, 4, 3) if dim <= 128 else Tiles(block_m, 32, 8 if block_m == 64 else 4, 3)
+        block_m, block_n, warps, stages = 16, 32, 8, 1
+    else:
+        block_m = min(64, max(16, triton.next_power_of_2(packed_rows)))
+        block_n, warps, stages = (64, 4, 3) if dim <= 128 else (32, 8 if block_m == 64 else 4, 3)
+    # Measured on an H100: one program per multiprocessor reads fastest, two compute fastest.
+    return Tiles(block_m, block_n, warps, stages, 1 if packed_rows <= block_m else 2)
 
 
 def choose_splits(programs: int, columns: int, block_n: int, slots: int) -> tuple[int, int]:
@@ -122,44 +185,62 @@ def choose_splits(programs: int, columns: int, block_n: int, slots: int) -> tupl
     return triton.cdiv(blocks, split_blocks), split_blocks * block_n
 
 
+def split_shape(packed_rows: int, block_m: int, block_d: int) -> tuple[int, int, int]:
+    """Return how many rows a split leaves, how many are merged at once, and of how many splits: up to 4096 numbers."""
+    rows = min(block_m, triton.next_power_of_2(packed_rows))
+    merged = min(rows, 16)
+    return rows, merged, min(8, max(1, 4096 // (merged * block_d)))
+
+
+_marks = itertools.count(2**45 + random.SystemRandom().getrandbits(45))  # what memory holds by chance is none of them
+
+
 def launch(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, splits: int, split_keys: int, tiles: Tiles
-) -> tuple[Tensor, Tensor]:
-    """Run the split kernel, then the merge where there is more than one split; needs keys and rows."""
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, splits: int, tiles: Tiles,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Run the kernel; needs keys and rows. Of fewer keys than `k` holds, each split takes fewer."""
     batch, q_heads, rows, dim = q.shape
     kv_heads, columns = k.shape[1], k.shape[2]
     group = q_heads // kv_heads
-    dtype = q.dtype if splits == 1 else torch.float32
-    outs = torch.empty((splits, batch, q_heads, rows, dim), dtype=dtype, device=q.device)
-    lses = torch.empty((splits, batch, q_heads, rows), dtype=torch.float32, device=q.device)
+    block_d = triton.next_power_of_2(dim)
+    kept_rows, merged_rows, parts = split_shape(rows * group, tiles.block_m, block_d)
     grid = (triton.cdiv(rows * group, tiles.block_m), splits, batch * kv_heads)
+    places = grid[0] * grid[2] if splits > 1 else 0
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
+    partials = torch.empty(places * splits * kept_rows * (block_d + 1), dtype=torch.float32, device=q.device)
+    tickets = torch.empty(places, dtype=torch.int64, device=q.device)
     with torch.cuda.device_of(q):
         split_kv_decode_kernel[grid](
-            q, k, v, outs, lses, scale * math.log2(math.e), rows, columns, kv_heads, group, split_keys,
-            *q.stride(), *k.stride(), *v.stride(), *outs.stride(), lses.stride(0),
-            CAUSAL=causal, D=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
-            num_warps=tiles.warps, num_stages=tiles.stages,
+            q, k, v, lengths, out, lse, partials, tickets, next(_marks) << 16, scale * math.log2(math.e),
+            rows, columns, kv_heads, group, splits, tiles.block_n, *q.stride(), *k.stride(), *v.stride(),
+            0 if lengths is None else lengths.stride(0),
+            CAUSAL=causal, D=dim, BLOCK_D=block_d, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
+            ROWS=kept_rows, MERGED=merged_rows, PARTS=parts, num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
-    return (outs[0], lses[0]) if splits == 1 else merge_partials(outs, lses, q.dtype)
+    return out, lse
 
 
 @torch.library.custom_op("apb::split_kv_decode", mutates_args=())
-def _split_kv_decode(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def _split_kv_decode(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, lengths: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     packed_rows = q.shape[1] // k.shape[1] * q.shape[2]
     tiles = choose_tiles(q.dtype, q.shape[-1], packed_rows)
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 4
-    row_tiles = triton.cdiv(packed_rows, tiles.block_m)
-    # Measured on an H100: one program per multiprocessor reads fastest, two compute fastest.
-    slots = processors if row_tiles == 1 else 2 * processors
-    splits, split_keys = choose_splits(q.shape[0] * k.shape[1] * row_tiles, k.shape[2], tiles.block_n, slots)
-    return launch(q, k, v, causal, scale, splits, split_keys, tiles)
+    programs = q.shape[0] * k.shape[1] * triton.cdiv(packed_rows, tiles.block_m)
+    splits, _ = choose_splits(programs, k.shape[2], tiles.block_n, tiles.per_processor * processors)
+    return launch(q, k, v, causal, scale, splits, tiles, lengths)
 
 
 @_split_kv_decode.register_fake
-def _(q, k, v, causal, scale):
+def _(q, k, v, causal, scale, lengths=None):
     return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
-def split_kv_decode(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def split_kv_decode(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float, lengths: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Attend as `apb.attend.decode_attention`, which checks the arguments; needs rows and keys."""
-    return _split_kv_decode(q, k, v, causal, scale)
+    return _split_kv_decode(q, k, v, causal, scale, lengths)

@@ -16,7 +16,7 @@ the keys side by side.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -24,7 +24,16 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-__all__ = ["Tiles", "choose_tiles", "launch", "masked_flash", "masked_flash_kernel", "tma_can_read"]
+__all__ = [
+    "Tiles",
+    "backward",
+    "choose_tiles",
+    "launch",
+    "masked_flash",
+    "masked_flash_kernel",
+    "save_for_backward",
+    "tma_can_read",
+]
 
 
 class Tiles(NamedTuple):
@@ -204,12 +213,30 @@ def _(q, k, v, anchor_tokens, passing_tokens, scale, causal=True):
     return torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
+def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Keep what `backward` needs of one forward pass."""
+    ctx.save_for_backward(*inputs[:3], *output)
+    ctx.settings = inputs[3:]
+
+
+def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the gradients of an operator's seven arguments, of which q, k and v have one."""
+    from .masked_flash_backward import masked_flash_backward  # it imports this file
+
+    grads = masked_flash_backward(grad_out, grad_lse, *ctx.saved_tensors, *ctx.settings)
+    return (*grads, None, None, None, None)
+
+
+_masked_flash.register_autograd(backward, setup_context=save_for_backward)
+
+
 def masked_flash(
     q: Tensor, k: Tensor, v: Tensor, *, anchor_tokens: int, passing_tokens: int, scale: float, causal: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Attend as `apb.attend.masked_attention`, which checks the arguments; needs at least one row.
 
-    With causal=False every row sees every key (no anchor, no passing tokens, at least one key).
+    With causal=False every row sees every key (no anchor, no passing tokens, at least one key). Both results have
+    gradients: `masked_flash_backward`.
     """
     return _masked_flash(q, k, v, anchor_tokens, passing_tokens, scale, causal)
 

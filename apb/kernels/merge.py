@@ -1,7 +1,7 @@
 """Merge partial attention by log-sum-exp, reading every part once (APB section 3.6).
 
-l = log Σᵢ exp(lᵢ), o = Σᵢ oᵢ · exp(lᵢ − l). The LSEs of a row are small: a first loop finds l, a second one sums the
-outputs. A part with lᵢ = −inf is not read at all, so whatever it holds (NaN too) counts for nothing.
+l = log Σᵢ exp(lᵢ), o = Σᵢ oᵢ · exp(lᵢ − l). Up to eight parts of a row are asked for at once, outputs and LSEs: one by
+one, each would cost the wait for memory again. A part with lᵢ = −inf counts for nothing, whatever it holds (NaN too).
 """
 
 import torch
@@ -9,50 +9,67 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["merge_kernel", "merge_partials"]
+__all__ = ["merge_kernel", "merge_partials", "merge_parts", "merge_shape"]
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def merge_parts(outs, lses, parts, stride_sp, stride_sd, stride_lp, out_row, lse_row, inside,
+                D: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+    """Merge the rows at the offsets `out_row` and `lse_row`, PARTS parts at a time; return (output, LSE) in float32."""
+    dims = tl.arange(0, BLOCK_D)
+    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    peak = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    for first in range(0, parts, PARTS):
+        found = ()  # all asked for before any is used
+        for i in tl.static_range(PARTS):
+            part = tl.cast(first + i, tl.int64)
+            there = inside & (part < parts)
+            lse = tl.load(lses + part * stride_lp + lse_row, mask=there, other=float("-inf"), cache_modifier=".cg")
+            cell = part * stride_sp + out_row[:, None] + dims.to(tl.int64)[None, :] * stride_sd
+            held = there[:, None] & (dims < D)[None, :]
+            found += ((lse, tl.load(outs + cell, mask=held, other=0.0, cache_modifier=".cg")),)
+        for i in tl.static_range(PARTS):
+            part_lse, out = found[i][0].to(tl.float32), found[i][1].to(tl.float32)
+            new_peak = tl.maximum(peak, part_lse)
+            base = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # (−inf) − (−inf) would be NaN
+            weight = tl.exp2((part_lse - base) * LOG2_E)
+            decay = tl.exp2((peak - base) * LOG2_E)
+            acc = acc * decay[:, None] + tl.where((weight > 0)[:, None], weight[:, None] * out, 0.0)
+            total = total * decay + weight
+            peak = new_peak
+    empty = peak == float("-inf")
+    total = tl.where(empty, 1.0, total)
+    return acc / total[:, None], tl.where(empty, float("-inf"), peak + tl.log2(total) / LOG2_E)
 
 
 @triton.jit(do_not_specialize=["parts", "heads", "rows", "all_rows"])
 def merge_kernel(
     outs, lses, out, lse, parts, heads, rows, all_rows,
     stride_sp, stride_sb, stride_sh, stride_sn, stride_sd, stride_lp, stride_lb, stride_lh, stride_ln,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Merge BLOCK_ROWS of the batch · heads · rows rows; `out` and `lse` are contiguous."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     inside = row < all_rows
-    batch, head, n = row // (heads * rows), row // rows % heads, row % rows
+    n, head, batch = row % rows, row // rows % heads, row // rows // heads  # divided as int32: int64 is far slower
+    n, head, batch, row = n.to(tl.int64), head.to(tl.int64), batch.to(tl.int64), row.to(tl.int64)
+    out_row = batch * stride_sb + head * stride_sh + n * stride_sn
+    lse_row = batch * stride_lb + head * stride_lh + n * stride_ln
+    merged, merged_lse = merge_parts(outs, lses, parts, stride_sp, stride_sd, stride_lp, out_row, lse_row, inside,
+                                     D, BLOCK_D, PARTS, BLOCK_ROWS)  # fmt: skip
     dims = tl.arange(0, BLOCK_D)
-    lses += batch * stride_lb + head * stride_lh + n * stride_ln
-    outs += (batch * stride_sb + head * stride_sh + n * stride_sn)[:, None] + dims.to(tl.int64)[None, :] * stride_sd
-
-    peak = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
-    for part in range(0, parts):
-        part_lse = tl.load(lses + tl.cast(part, tl.int64) * stride_lp, mask=inside, other=float("-inf"))
-        peak = tl.maximum(peak, part_lse.to(tl.float32))
-    empty = peak == float("-inf")
-    base = tl.where(empty, 0.0, peak)  # (−inf) − (−inf) would be NaN
-
-    total = tl.zeros([BLOCK_ROWS], tl.float32)
-    acc = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
-    for part in range(0, parts):
-        part_lse = tl.load(lses + tl.cast(part, tl.int64) * stride_lp, mask=inside, other=float("-inf"))
-        weight = tl.exp2((part_lse.to(tl.float32) - base) * LOG2_E)
-        counts = (weight > 0)[:, None] & (dims < D)[None, :]
-        part_out = tl.load(outs + tl.cast(part, tl.int64) * stride_sp, mask=counts, other=0.0)
-        acc += weight[:, None] * part_out.to(tl.float32)
-        total += weight
-    total = tl.where(empty, 1.0, total)
     stored = inside[:, None] & (dims < D)[None, :]
-    tl.store(out + row[:, None] * D + dims[None, :], (acc / total[:, None]).to(out.dtype.element_ty), mask=stored)
-    tl.store(lse + row, tl.where(empty, float("-inf"), base + tl.log2(total) / LOG2_E), mask=inside)
+    tl.store(out + row[:, None] * D + dims[None, :], merged.to(out.dtype.element_ty), mask=stored)
+    tl.store(lse + row, merged_lse, mask=inside)
 
 
-def block_rows(block_d: int) -> int:
-    """Give a program about 2048 outputs: fewer leave the memory system idle, more leave multiprocessors idle."""
-    return 2048 // block_d
+def merge_shape(parts: int, block_d: int) -> tuple[int, int]:
+    """Return (parts read at once, rows of a program): 4096 numbers, or all of one row."""
+    at_once = min(8, triton.next_power_of_2(parts))
+    return at_once, max(1, 4096 // (at_once * block_d))
 
 
 def merge_partials(outs: Tensor, lses: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
@@ -66,12 +83,12 @@ def _merge_partials(outs: Tensor, lses: Tensor, dtype: torch.dtype) -> tuple[Ten
     out = torch.empty((batch, heads, rows, dim), dtype=dtype, device=outs.device)
     lse = torch.empty((batch, heads, rows), dtype=torch.float32, device=outs.device)
     block_d = triton.next_power_of_2(dim)
-    program_rows = block_rows(block_d)
+    at_once, program_rows = merge_shape(parts, block_d)
     if out.numel():
         with torch.cuda.device_of(outs):
             merge_kernel[(triton.cdiv(batch * heads * rows, program_rows),)](
                 outs, lses, out, lse, parts, heads, rows, batch * heads * rows, *outs.stride(), *lses.stride(),
-                D=dim, BLOCK_D=block_d, BLOCK_ROWS=program_rows, num_warps=4,
+                D=dim, BLOCK_D=block_d, PARTS=at_once, BLOCK_ROWS=program_rows, num_warps=4,
             )  # fmt: skip
     return out, lse
 

@@ -1,12 +1,13 @@
 """APB: anchor + passing blocks (arXiv 2502.12085). Plan, compress, pass, attend."""
 
 from dataclasses import dataclass, field, replace
-from typing import get_args
+from typing import ClassVar, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from apb.attend.check import DIFFERENTIABLE, Backend
 from apb.compress.compressor import Candidates, Compressor, Document, Need, Projections
 from apb.compress.query_aware import QueryAware
 from apb.context import Context
@@ -34,6 +35,8 @@ class APB(Method):
         layout: "contiguous" (the paper) or "zigzag" blocks.
         backend: who computes the attention.
     """
+
+    differentiable: ClassVar[tuple[Backend, ...]] = DIFFERENTIABLE
 
     anchor: int | None = None
     passing: int | None = None
@@ -125,7 +128,7 @@ class APB(Method):
         with trace.phase("compress"):
             candidates = self._candidates(q, k, v, context)
             for slot, block in enumerate(share.blocks):
-                kept = self.compressor.compress(candidates[slot], block.kept_tokens)
+                kept = self.compressor.compress(candidates[slot], block.kept_tokens, watch=context.watch)
                 passing.start(slot, kept.k, kept.v)
                 if trace.keeps(context.layer):
                     trace.kept[context.layer, block.index] = kept.indices + block.start + block.skipped

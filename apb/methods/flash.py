@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from apb.attend.check import DIFFERENTIABLE, Backend
 from apb.context import Context
 from apb.methods.method import Method
 from apb.plan import ContextPlan, plan_context
@@ -18,6 +19,7 @@ class Flash(Method):
 
     exact: ClassVar[bool] = True
     one_host: ClassVar[bool] = True
+    differentiable: ClassVar[tuple[Backend, ...]] = DIFFERENTIABLE
 
     def plan(self, *, tokens: int, hosts: int, query: int = 0, query_offset: int = 0) -> ContextPlan:
         """Give all tokens to the one host.

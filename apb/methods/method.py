@@ -43,11 +43,14 @@ class Method(ABC):
     Attributes:
         exact: whether it equals exact attention.
         one_host: whether it runs on one host only.
-        backend: who computes the attention; where "flex" has no answer (decoding, rectangles), "auto" gives it.
+        differentiable: backends whose gradients it keeps.
+        backend: who computes the attention; where "flex" or "hopper" has no answer (decoding, lists of tiles), "auto"
+            gives it.
     """
 
     exact: ClassVar[bool] = False
     one_host: ClassVar[bool] = False
+    differentiable: ClassVar[tuple[Backend, ...]] = ("reference", "flex")
     backend: Backend = "auto"
 
     def __post_init__(self) -> None:
@@ -60,8 +63,8 @@ class Method(ABC):
 
     @property
     def dense_backend(self) -> Backend:
-        """Who computes what "flex" has no answer for: rectangles, decoding, and lists of tiles."""
-        return "auto" if self.backend == "flex" else self.backend
+        """Who computes what "flex" and "hopper" have no answer for: rectangles, decoding, and lists of tiles."""
+        return "auto" if self.backend in ("flex", "hopper") else self.backend
 
     def prepare(self, shape: ModelShape, device: torch.device, dtype: torch.dtype) -> "Method":
         """Return the method ready for a model: weights of its own are checked and moved.
@@ -184,7 +187,8 @@ class Method(ABC):
                 f"q, k, v: {q.shape[2]}, {k.shape[2]} and {v.shape[2]} rows, expected {share.rows}, the plan's rows of "
                 f"rank {share.rank}"
             )
-        check_inputs(q, k, v, context.scale, self.backend, get_args(Backend)[1:])
+        legal = get_args(Backend)[1:]
+        check_inputs(q, k, v, context.scale, self.backend, legal, differentiable=self.differentiable)
         return share
 
     def check_plan(self, plan: ContextPlan) -> None:

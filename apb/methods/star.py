@@ -1,9 +1,11 @@
 """Star Attention (arXiv 2411.17116): every block attends to the document's start and to itself. No communication."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
+from apb.attend.check import DIFFERENTIABLE, Backend
 from apb.context import Context
 from apb.methods.method import Method, check_count
 from apb.plan import ContextPlan, plan_context
@@ -21,6 +23,8 @@ class Star(Method):
     Attributes:
         anchor: l_a ≥ 0, document tokens in the anchor, at most a block; None is a whole block, the paper's setting.
     """
+
+    differentiable: ClassVar[tuple[Backend, ...]] = DIFFERENTIABLE
 
     anchor: int | None = None
 

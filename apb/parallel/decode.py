@@ -38,6 +38,11 @@ def start_attend_over_hosts(
     out, lse = decode_attention(q, k, v, causal=host.rank == owner, scale=scale, backend=backend)
     if host.world_size == 1:
         return Handle(lambda: out)
+    if torch.is_grad_enabled() and out.requires_grad:
+        raise RuntimeError(
+            "attention over all hosts' caches has no gradient: run under torch.no_grad(), or, where it is the question "
+            "that runs along with the prefill, plan with query_in='anchor' or 'after'"
+        )
     gather = host.all_gather(torch.cat((out.float(), lse[..., None]), dim=-1), what="merge")
 
     def finish() -> Tensor:

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from apb.parallel.gradient import all_gather
 from apb.parallel.host import Handle, Host
 from apb.plan import Block, ContextPlan
 
@@ -15,7 +16,9 @@ class PassingBlocks:
     """Send what this host's blocks kept, and assemble what its blocks receive (APB section 3.5).
 
     The passing block of document block i is what blocks 0 … i − 1 kept, in the document's order. K and V travel as one
-    message of `(H − 1) · kept · Hkv · 2d` values per host; shares shorter than the longest are padded.
+    message of `(H − 1) · kept · Hkv · 2d` values per host; shares shorter than the longest are padded. If K or V want a
+    gradient, on every host, so does what is received: in the backward pass each host gets back what all blocks that
+    read its K and V make of them, and every host must run it (`apb.parallel.gradient`).
 
         passing = PassingBlocks(plan, host)
         passing.start(0, kept_k, kept_v)      # returns at once
@@ -62,7 +65,8 @@ class PassingBlocks:
         if padding:
             message = F.pad(message, (0, 0, 0, padding))
         if message.shape[2]:
-            self._gathers.append(self.host.all_gather(message, what="passing"))
+            after = self._gathers[-1] if self._gathers else None
+            self._gathers.append(all_gather(message, self.host, what="passing", after=after))
         else:
             self._gathers.append(Handle(lambda: [self._nothing] * self.host.world_size))
 
@@ -80,6 +84,9 @@ class PassingBlocks:
                 f"wait: {len(self._gathers)} of {self.plan.blocks_per_host} gathers are started; start them all first"
             )
         parts = [self._nothing]
+        if self._nothing.requires_grad:  # every block's backward pass reaches the gathers, also one that reads nothing
+            slot = self.plan.host(self.host.rank).blocks.index(block)
+            parts = [message[:, :, :0] for message in self._gathers[slot].wait()[:1]]
         for earlier in self.plan.blocks[: block.index]:
             slot = self.plan.host(earlier.rank).blocks.index(earlier)
             message = self._gathers[slot].wait()[earlier.rank]

@@ -221,6 +221,8 @@ def _caller_modes(device: torch.device) -> Callable[[], ExitStack]:
             stack.enter_context(torch.cuda.stream(stream))
         stack.enter_context(torch.inference_mode(inference))
         stack.enter_context(torch.set_grad_enabled(grad))
+        if device.type == "cuda":  # else the hosts would share the device's one thread for going backward, and deadlock
+            stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         if cast is not None:
             stack.enter_context(torch.autocast(device.type, dtype=cast))
         return stack

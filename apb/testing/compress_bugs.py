@@ -1,0 +1,36 @@
+"""Planted bugs in the compressor's kernels; what a `Bug` is, and what it is for, stands in `apb.testing.bugs`."""
+
+from apb.testing.bugs import Bug
+
+__all__ = ["COMPRESS_BUGS"]
+
+COMPRESS_BUGS = (
+    Bug(
+        name="a selecting kernel that admits the ties of every sweep anew",
+        file="kernels/select.py",
+        old="tied = equal + (upto >> 16)",
+        new="tied = upto >> 16",
+        tests="tests/test_compress_kernels.py -k 'selects_as_the_reference or fields'",
+    ),
+    Bug(
+        name="minus zero below zero",
+        file="kernels/select.py",
+        old="(bits == size) | (size == 0)",
+        new="(bits == size)",
+        tests="tests/test_compress_kernels.py -k special_values",
+    ),
+    Bug(
+        name="a retaining head that reads v's columns of the weights for k",
+        file="kernels/retaining_head.py",
+        old="rows, width, kv_heads, q_heads, all_heads,",
+        new="rows, width, kv_heads, q_heads + kv_heads, all_heads,",
+        tests="tests/test_compress_kernels.py -k retaining_head_equals",
+    ),
+    Bug(
+        name="NaN scores blamed on another layer",
+        file="compress/nan.py",
+        old="in zip(notes, ",
+        new="in zip(notes[::-1], ",
+        tests="tests/test_compress_kernels.py -k watch",
+    ),
+)

@@ -1,0 +1,250 @@
+"""The subset of Gluon that our Hopper kernel uses, run on a CPU: a thread for each warp group, torch for the numbers.
+
+What it is strict about is what a GPU would punish: a barrier has phases, and a wait for the wrong parity passes too
+early or never; a copy lands some time after it was started; a product reads its operands when it is waited for, so that
+a buffer given back too soon gives a wrong result; whoever waits for more than a few seconds has deadlocked.
+"""
+
+import importlib.util
+import random
+import re
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import torch
+
+PATIENCE_S = 10.0
+
+
+class Deadlock(AssertionError):
+    """Somebody waited for longer than a kernel takes."""
+
+
+class Barrier:
+    """An mbarrier: a phase ends when all arrivals and all bytes of it have come."""
+
+    def __init__(self):
+        self.changed = threading.Condition()
+        self.count = self.pending = self.bytes = self.phase = 0
+
+    def init(self, count):
+        self.count = self.pending = count
+
+    def arrive(self, count=1, expected=0, came=0):
+        with self.changed:
+            self.bytes += expected - came
+            self.pending -= count
+            assert self.pending >= 0, "more arrivals than the barrier counts"
+            if self.pending == 0 and self.bytes == 0:
+                self.phase, self.pending = self.phase + 1, self.count
+                self.changed.notify_all()
+
+    def wait(self, parity):
+        with self.changed:
+            if not self.changed.wait_for(lambda: self.phase & 1 != int(parity), PATIENCE_S):
+                raise Deadlock(f"waiting for phase parity {parity}")
+
+
+class Shared:
+    """Shared memory: poisoned, and an array along its first axis."""
+
+    def __init__(self, values):
+        self.values = values
+
+    dtype = property(lambda self: self.values.dtype)
+
+    def index(self, i):
+        return Shared(self.values[int(i)])
+
+    def load(self, layout):
+        return self.values.clone()
+
+    def store(self, values):
+        self.values.copy_(values)
+
+    def reshape(self, shape):
+        return Shared(self.values.view(shape))
+
+    def permute(self, order):
+        return Shared(self.values.permute(order))
+
+
+class Barriers(list):
+    """What an allocation of mbarriers is."""
+
+    def index(self, i):
+        return self[int(i)]
+
+
+class Box:
+    """A tensor map: a tensor and the box that is copied; what lies outside reads as zero."""
+
+    def __init__(self, tensor, box):
+        self.tensor, self.box, self.layout, self.dtype = tensor, box, None, tensor.dtype
+        self.block_type = SimpleNamespace(shape=box, nbytes=torch.Size(box).numel() * tensor.element_size())
+
+    def copy(self, where, target):
+        target.zero_()
+        ends = [min(int(at) + size, full) for at, size, full in zip(where, self.box, self.tensor.shape, strict=True)]
+        inside = tuple(slice(int(at), max(int(at), end)) for at, end in zip(where, ends, strict=True))
+        piece = self.tensor[inside]
+        target[tuple(slice(0, n) for n in piece.shape)].copy_(piece)
+
+
+class Pointer:
+    """A pointer, or a tensor of pointers, into a tensor's storage."""
+
+    def __init__(self, base, offset=0):
+        self.base, self.offset = base, offset
+        self.dtype = SimpleNamespace(element_ty=base.dtype)
+
+    def __add__(self, offset):
+        return Pointer(self.base, self.offset + offset)
+
+
+class Machine:
+    """One launch: the named barriers of each program, and who is to be waited for."""
+
+    def __init__(self, seed):
+        self.random = random.Random(seed)
+        self.lock = threading.Lock()
+        self.named = threading.local()
+        self.errors = []
+        self.copies = []
+
+    def run(self, roles):
+        """Run calls side by side, and raise the first error."""
+        threads = [threading.Thread(target=self._guarded, args=role, daemon=True) for role in roles]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(6 * PATIENCE_S)
+            assert not thread.is_alive(), "a warp group never ended"
+        if self.errors:
+            raise self.errors[0]
+
+    def _guarded(self, function, args, named):
+        self.named.barriers = named
+        try:
+            function(*args)
+        except BaseException as error:
+            self.errors.append(error)
+
+    def specialise(self, roles, warps, registers):
+        named = {i: Barrier() for i in range(9, 16)}
+        for barrier in named.values():
+            barrier.init(2)  # 256 threads: two warp groups
+        self.run([(function, args, named) for function, args in roles])
+
+    def copy(self, source, where, barrier, target):
+        def land():
+            time.sleep(self.random.random() * 1e-3)
+            source.copy(where, target.values)
+            barrier.arrive(0, came=source.block_type.nbytes)
+
+        thread = threading.Thread(target=land, daemon=True)
+        thread.start()
+
+    def assembly(self, text, constraints, args, **_):
+        if found := re.match(r"bar\.(sync|arrive) (\d+), 256", text):
+            barrier = self.named.barriers[int(found[2])]
+            with barrier.changed:
+                phase = barrier.phase
+            barrier.arrive()
+            if found[1] == "sync":
+                barrier.wait(phase & 1)
+            return torch.tensor(0)
+        assert text.startswith("shfl.sync"), text
+        return args[0]
+
+    def add(self, pointer, value):
+        with self.lock:
+            old = pointer.base[0].clone()
+            pointer.base[0] += value
+            return old
+
+
+def _allocate(dtype, shape, layout):
+    if layout == "mbarrier":
+        return Barriers(Barrier() for _ in range(shape[0]))
+    poison = torch.nan if dtype.is_floating_point else -(10**6)
+    return Shared(torch.full([int(n) for n in shape], poison, dtype=dtype))
+
+
+def _multiply(a, b, acc, *, use_acc=True, is_async=False):
+    def product():
+        left, right = (x.values if isinstance(x, Shared) else x for x in (a, b))
+        found = left.float() @ right.float()
+        return acc + found if use_acc else found
+
+    return product  # computed when it is waited for
+
+
+def _store(pointer, values, mask):
+    offset, values, mask = torch.broadcast_tensors(torch.as_tensor(pointer.offset), values, mask)
+    pointer.base.view(-1)[offset[mask]] = values[mask]
+
+
+def _language(machine):
+    """Return stand-ins for the modules that the kernel imports."""
+    gl = ModuleType("language")
+    numbers = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+    vars(gl).update(numbers, int32=torch.int32, int64=torch.int64)
+    vars(gl).update(
+        constexpr=lambda x: x, tensor=object, shared_memory_descriptor=object, static_range=range,
+        allocate_shared_memory=_allocate, convert_layout=lambda x, layout: x, to_tensor=lambda x: x,
+        zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
+        full=lambda shape, value, dtype, layout: torch.full(shape, float(value)).to(dtype),
+        arange=lambda start, stop, layout: torch.arange(start, stop),
+        where=lambda x, a, b: torch.where(torch.as_tensor(x), a, b), exp2=torch.exp2, log2=torch.log2,
+        maximum=lambda a, b: torch.maximum(torch.as_tensor(a), torch.as_tensor(b)),
+        minimum=lambda a, b: torch.minimum(torch.as_tensor(a), torch.as_tensor(b)),
+        max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis), cdiv=lambda a, b: -(-a // b),
+        store=_store, atomic_add=machine.add, inline_asm_elementwise=machine.assembly,
+        warp_specialize=machine.specialise,
+    )  # fmt: skip
+    for name in ("NVMMADistributedLayout", "DotOperandLayout", "SliceLayout", "BlockedLayout", "SwizzledSharedLayout"):
+        setattr(gl, name, lambda *_: None)
+    hopper = ModuleType("hopper")
+    hopper.mbarrier = SimpleNamespace(
+        MBarrierLayout=lambda: "mbarrier", init=lambda barrier, count: barrier.init(count),
+        expect=lambda barrier, n: barrier.arrive(1, expected=n), wait=lambda barrier, parity: barrier.wait(parity),
+        arrive=lambda barrier, count: barrier.arrive(count),
+    )  # fmt: skip
+    hopper.tma = SimpleNamespace(async_copy_global_to_shared=machine.copy)
+    hopper.fence_async_shared = lambda: None
+    hopper.warpgroup_mma = _multiply
+    hopper.warpgroup_mma_wait = lambda pending, deps: deps[0]()
+    gluon = ModuleType("gluon")
+    gluon.jit = lambda function=None, **_: function if function else gluon.jit
+    gluon.constexpr_function = lambda function: function
+    gluon.language = gl
+    core = ModuleType("core")
+    core._aggregate = lambda cls: cls
+    name = "triton.experimental.gluon"
+    return {name: gluon, f"{name}.language": gl, f"{name}.language.nvidia.hopper": hopper, "triton.language.core": core}
+
+
+@contextmanager
+def interpreted(seed=0):
+    """Yield the module `apb.kernels.hopper_kernel`, made of plain functions, and the machine that runs them."""
+    machine = Machine(seed)
+    folder = Path(importlib.util.find_spec("apb").submodule_search_locations[0]) / "kernels"
+    package = ModuleType("interpreted_kernels")
+    package.__path__ = [str(folder)]
+    stand_ins = _language(machine) | {"interpreted_kernels": package}
+    names = [*stand_ins, "interpreted_kernels.hopper_channel", "interpreted_kernels.hopper_kernel"]
+    before = {name: sys.modules.get(name) for name in names}
+    sys.modules.update(stand_ins)
+    try:
+        yield importlib.import_module("interpreted_kernels.hopper_kernel"), machine
+    finally:
+        for name, module in before.items():
+            if module is None:
+                sys.modules.pop(name, None)
+            else:
+                sys.modules[name] = module

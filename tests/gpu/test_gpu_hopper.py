@@ -1,0 +1,116 @@
+"""The Hopper kernel on a Hopper GPU: every dtype, head dim and ragged length against float64, at the edge of memory."""
+
+import pytest
+import torch
+from attention_cases import assert_attention, draw_inputs
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from apb.attend import choose_backend, masked_attention
+from apb.kernels import hopper
+from apb.kernels.hopper import Tiles
+from apb.reference import apb_mask
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="no Hopper GPU")]
+HALF = (torch.float16, torch.bfloat16)
+SHAPES = [
+    (0, 0, 1), (0, 0, 127), (0, 0, 128), (0, 0, 129), (129, 0, 0), (33, 70, 1), (128, 128, 256), (200, 333, 517),
+    (1, 0, 1000), (0, 129, 300), (64, 0, 64), (127, 1, 129), (512, 1024, 2048),
+]  # fmt: skip
+
+
+def attend(q, k, v, anchor, passing):
+    out, lse = masked_attention(q, k, v, anchor_tokens=anchor, passing_tokens=passing, backend="hopper")
+    assert_attention(out, lse, q, k, v, apb_mask(q.shape[2], k.shape[2], anchor, passing), lse_atol=1e-4)
+
+
+@pytest.mark.parametrize("dim", hopper.DIMS)
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("heads", [(2, 2, 2), (1, 1, 1), (1, 3, 3)])
+def test_dtypes_dims_and_ragged_lengths(dtype, dim, heads):
+    for seed, (anchor, passing, block) in enumerate(SHAPES):
+        q, k, v = draw_inputs(seed, heads, anchor + block, anchor + passing + block, dim, dtype, device="cuda")
+        attend(q, k, v, anchor, passing)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    anchor=st.integers(0, 400), passing=st.integers(0, 400), block=st.integers(1, 700), left_out=st.integers(0, 900),
+    dim=st.sampled_from(hopper.DIMS), seed=st.integers(0, 2**31),
+)  # fmt: skip
+def test_any_lengths(anchor, passing, block, left_out, dim, seed):
+    rows = max(1, anchor + block - left_out)
+    q, k, v = draw_inputs(seed, (1, 1, 4), rows, anchor + passing + block, dim, torch.bfloat16, device="cuda")
+    attend(q, k, v, anchor, passing)
+
+
+@pytest.mark.parametrize("layout", ["tokens_first", "step_2", "nan_around"])
+@pytest.mark.parametrize("dtype", HALF)
+def test_layouts_and_left_out_anchor_rows(dtype, layout):
+    for rows in (1, 517, 600, 717):
+        q, k, v = draw_inputs(rows, (2, 2, 3), rows, 1050, 128, dtype, layout, device="cuda")
+        attend(q, k, v, 200, 333)
+
+
+@pytest.mark.parametrize("dim", hopper.DIMS)
+def test_every_row_sees_every_key(dim):
+    for seed, (rows, columns) in enumerate([(1, 1), (300, 77), (513, 1000), (128, 128), (1000, 129)]):
+        q, k, v = draw_inputs(seed, (2, 2, 2), rows, columns, dim, torch.bfloat16, device="cuda")
+        lengths = {"anchor_tokens": 0, "passing_tokens": 0}
+        out, lse = hopper.hopper_flash(q, k, v, **lengths, scale=dim**-0.5, causal=False)
+        assert_attention(out, lse, q, k, v, torch.ones(rows, columns, dtype=torch.bool), lse_atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "tiles", [Tiles(2, 128, 2, False, 240), Tiles(2, 64, 4, True, 240), Tiles(3, 64, 3, False, 160)]
+)
+def test_other_tiles_give_the_same(tiles):
+    q, k, v = draw_inputs(5, (2, 2, 2), 1300, 1500, 128, torch.bfloat16, device="cuda")
+    out, lse = hopper.launch(q, k, v, 300, 200, 128**-0.5, tiles)
+    assert_attention(out, lse, q, k, v, apb_mask(1300, 1500, 300, 200), lse_atol=1e-4)
+
+
+def test_every_row_is_written_and_runs_agree():
+    """More tiles than programs, so that every program draws several; twice, since who draws what may change."""
+    q, k, v = draw_inputs(7, (1, 8, 4), 3000, 4000, 128, torch.bfloat16, device="cuda")
+    poisoned = torch.full((2, *q.shape), torch.nan, dtype=q.dtype, device="cuda")  # freed, and likely to be reused
+    del poisoned
+    runs = [masked_attention(q, k, v, anchor_tokens=900, passing_tokens=1000, backend="hopper") for _ in range(5)]
+    attend(q, k, v, 900, 1000)
+    assert all(torch.equal(x, y) for run in runs for x, y in zip(run, runs[0], strict=True))
+
+
+def test_auto_takes_it_where_it_applies():
+    make = torch.zeros
+    assert choose_backend(make(1, 1, 1, 128, device="cuda", dtype=torch.bfloat16)) == "hopper"
+    assert choose_backend(make(1, 1, 1, 96, device="cuda", dtype=torch.bfloat16)) == "triton"
+    assert choose_backend(make(1, 1, 1, 128, device="cuda")) == "triton"
+    with pytest.raises(ValueError, match="head dims 64 and 128, got 96"):
+        q = make(1, 1, 1, 96, device="cuda", dtype=torch.bfloat16)
+        masked_attention(q, q, q, anchor_tokens=0, passing_tokens=0, backend="hopper")
+
+
+def test_operator_graph_and_compilation():
+    q, k, v = draw_inputs(3, (1, 2, 2), 390, 520, 64, torch.float16, "tokens_first", device="cuda")
+    hopper.hopper_flash(q, k, v, anchor_tokens=40, passing_tokens=130, scale=0.125)
+    torch.library.opcheck(torch.ops.apb.hopper_flash.default, (q, k, v, 40, 130, 0.125))
+
+    def layer(q, k, v, anchor, passing):
+        return masked_attention(2 * q, k, v, anchor_tokens=anchor, passing_tokens=passing)
+
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+    for anchor, passing, block in [(10, 20, 40), (33, 64, 70), (100, 1, 200)]:
+        q, k, v = draw_inputs(0, (1, 2, 2), anchor + block, anchor + passing + block, 64, torch.float16, device="cuda")
+        torch.testing.assert_close(compiled(q, k, v, anchor, passing), layer(q, k, v, anchor, passing))
+
+    graph = torch.cuda.CUDAGraph()
+    layer(q, k, v, 100, 1)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        out, lse = layer(q, k, v, 100, 1)
+    truth = [x.clone() for x in layer(q, k, v, 100, 1)]
+    for _ in range(3):  # the counter of tiles starts at zero in every replay
+        out.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(out, truth[0]) and torch.equal(lse, truth[1])

@@ -1,0 +1,60 @@
+"""The Hopper kernel's logic on a CPU: its own source, and threads that act out the GPU's barriers, copies and warps."""
+
+import math
+
+import pytest
+import torch
+from attention_cases import assert_attention, draw_inputs
+from gluon_interpreter import Box, Pointer, interpreted
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from apb.reference import apb_mask
+
+
+def run(q, k, v, anchor, passing, *, causal=True, consumers=2, block_n=64, stages=2, in_registers=False, programs=2):
+    """Launch as `apb.kernels.hopper.launch` does."""
+    batch, q_heads, rows, dim = q.shape
+    kv_heads, columns = k.shape[1], k.shape[2]
+    anchor_rows = max(0, rows - (columns - anchor - passing)) if causal else 0
+    out = torch.full(q.shape, torch.nan, dtype=q.dtype)
+    lse = torch.full(q.shape[:3], torch.nan)
+    block_m = 64 * consumers
+    row_tiles = -(-anchor_rows // block_m) + -(-(rows - anchor_rows) // block_m)
+    lengths = (rows, columns, anchor, anchor_rows, kv_heads, q_heads // kv_heads, batch * q_heads * row_tiles)
+    scalars = [torch.tensor(n, dtype=torch.int64) for n in lengths]
+    counter = Pointer(torch.zeros(1, dtype=torch.int64))
+    with interpreted() as (module, machine):
+        boxes = Box(q, [1, 1, 64, dim]), Box(k, [1, 1, block_n, dim]), Box(v, [1, 1, block_n, dim])
+        args = (*boxes, Pointer(out), Pointer(lse), counter, dim**-0.5 * math.log2(math.e), *scalars, *out.stride(),
+                causal, dim, consumers, block_n, stages, in_registers, 0)  # fmt: skip
+        machine.run([(module.hopper_flash_kernel, args, None) for _ in range(programs)])
+    return out, lse
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    anchor=st.integers(0, 200), passing=st.integers(0, 150), block=st.integers(1, 300), left_out=st.integers(0, 400),
+    seed=st.integers(0, 2**31), consumers=st.sampled_from([2, 3]), stages=st.sampled_from([2, 3]), kept=st.booleans(),
+)  # fmt: skip
+@example(anchor=70, passing=30, block=100, left_out=0, seed=0, consumers=2, stages=2, kept=False)
+def test_any_lengths(anchor, passing, block, left_out, seed, consumers, stages, kept):
+    rows, columns = max(1, anchor + block - left_out), anchor + passing + block
+    q, k, v = draw_inputs(seed, (1, 1, 2), rows, columns, 16, torch.float16)
+    out, lse = run(q, k, v, anchor, passing, consumers=consumers, stages=stages, in_registers=kept)
+    assert_attention(out, lse, q, k, v, apb_mask(rows, columns, anchor, passing))
+
+
+@pytest.mark.parametrize("lengths", [(0, 0, 128), (128, 128, 128), (64, 0, 0), (0, 64, 1), (128, 64, 192)])
+def test_lengths_that_fit_the_tiles(lengths):
+    anchor, passing, block = lengths
+    q, k, v = draw_inputs(0, (2, 2, 2), anchor + block, sum(lengths), 16, torch.bfloat16)
+    out, lse = run(q, k, v, anchor, passing)
+    assert_attention(out, lse, q, k, v, apb_mask(anchor + block, sum(lengths), anchor, passing))
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (130, 77), (64, 128), (200, 129)])
+def test_every_row_sees_every_key(sizes):
+    q, k, v = draw_inputs(1, (1, 2, 1), *sizes, 16, torch.float16, "nan_around")
+    out, lse = run(q, k, v, 0, 0, causal=False)
+    assert_attention(out, lse, q, k, v, torch.ones(sizes, dtype=torch.bool))
