@@ -33,13 +33,15 @@ def merge(
     Args:
         outs: partial outputs, one or more parts.
         lses: their LSEs, natural log, float32.
-        backend: "torch" runs anywhere, "triton" reads every part once; "auto" takes triton on CUDA.
+        backend: "torch" runs anywhere and is differentiable, "triton" reads every part once; "auto" takes triton on
+            CUDA, but torch where an input wants a gradient.
 
     Returns:
         The merged output in the dtype of `outs`, and the merged LSE in float32.
 
     Raises:
         ValueError: if the shapes do not belong together, there is no part, or the backend cannot run here.
+        RuntimeError: if backend "triton" would lose a gradient.
     """
     if outs.ndim != 5 or outs.shape[:-1] != lses.shape or outs.shape[0] == 0:
         raise ValueError(
@@ -50,16 +52,23 @@ def merge(
         raise ValueError(f"backend must be auto, torch or triton, got {backend!r}")
     if backend == "triton" and not _TRITON_INSTALLED:
         raise ValueError("backend 'triton' needs Triton, which runs on Linux only; use backend='torch'")
-    if backend == "triton" or (backend == "auto" and outs.is_cuda and _TRITON_INSTALLED):
+    wants_gradient = torch.is_grad_enabled() and (outs.requires_grad or lses.requires_grad)
+    if backend == "triton" and wants_gradient:
+        raise RuntimeError(
+            "backend 'triton' has no backward pass: run under torch.no_grad() or torch.inference_mode(), "
+            "or use backend='torch'"
+        )
+    if backend == "triton" or (backend == "auto" and outs.is_cuda and _TRITON_INSTALLED and not wants_gradient):
         from apb.kernels.merge import merge_partials
 
         return merge_partials(outs, lses)
-    compute = torch.promote_types(outs.dtype, torch.float32)
-    lses = lses.to(compute)
-    lse = torch.logsumexp(lses, dim=0)
-    weights = torch.softmax(lses, dim=0).masked_fill_(torch.isneginf(lses), 0.0)  # exp(lᵢ − l), summing to 1
-    terms = outs.to(compute).mul(weights[..., None]).masked_fill_((weights == 0)[..., None], 0.0)
-    return terms.sum(dim=0).to(outs.dtype), lse.float()
+    lses = lses.to(torch.promote_types(outs.dtype, torch.float32))
+    empty = torch.isneginf(lses).all(dim=0)
+    lses = lses.masked_fill(empty, 0.0)  # the softmax of −inf alone would be NaN, and so would its gradient
+    weights = torch.softmax(lses, dim=0).masked_fill(empty, 0.0)  # exp(lᵢ − l), summing to 1
+    counted = outs.masked_fill((weights == 0)[..., None], 0.0)  # before the product, whose gradient reads it
+    out = (counted * weights[..., None]).sum(dim=0)
+    return out.to(outs.dtype), torch.logsumexp(lses, dim=0).masked_fill(empty, -torch.inf).float()
 
 
 def merge_pair(

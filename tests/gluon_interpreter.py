@@ -175,13 +175,29 @@ def _allocate(dtype, shape, layout):
     return Shared(torch.full([int(n) for n in shape], poison, dtype=dtype))
 
 
-def _multiply(a, b, acc, *, use_acc=True, is_async=False):
-    def product():
-        left, right = (x.values if isinstance(x, Shared) else x for x in (a, b))
-        found = left.float() @ right.float()
-        return acc + found if use_acc else found
+class Product:
+    """A product that has been issued; computed, in the order of issue, when somebody waits for it."""
 
-    return product  # computed when it is waited for
+    issued = threading.local()
+
+    def __init__(self, a, b, acc, *, use_acc=True, is_async=False):
+        self.operands, self.acc, self.result = (a, b), acc if use_acc else None, None
+        vars(self.issued).setdefault("pending", []).append(self)
+
+    def compute(self):
+        left, right = (x.values if isinstance(x, Shared) else x for x in self.operands)
+        self.result = left.float() @ right.float()
+        if self.acc is not None:
+            self.result = self.acc + self.result
+
+    @classmethod
+    def wait(cls, newest, deps):
+        """Complete all products of this warp group but the `newest`, and return the one in `deps`."""
+        pending = cls.issued.pending
+        while len(pending) > newest:
+            pending.pop(0).compute()
+        assert deps[0].result is not None, "read while the tensor cores are still at it"
+        return deps[0].result
 
 
 def _store(pointer, values, mask):
@@ -217,16 +233,24 @@ def _language(machine):
     )  # fmt: skip
     hopper.tma = SimpleNamespace(async_copy_global_to_shared=machine.copy)
     hopper.fence_async_shared = lambda: None
-    hopper.warpgroup_mma = _multiply
-    hopper.warpgroup_mma_wait = lambda pending, deps: deps[0]()
+    hopper.warpgroup_mma = Product
+    hopper.warpgroup_mma_wait = Product.wait
     gluon = ModuleType("gluon")
     gluon.jit = lambda function=None, **_: function if function else gluon.jit
     gluon.constexpr_function = lambda function: function
     gluon.language = gl
     core = ModuleType("core")
     core._aggregate = lambda cls: cls
+    experimental = ModuleType("experimental")
+    experimental.gluon = gluon
     name = "triton.experimental.gluon"
-    return {name: gluon, f"{name}.language": gl, f"{name}.language.nvidia.hopper": hopper, "triton.language.core": core}
+    return {
+        "triton.experimental": experimental,
+        name: gluon,
+        f"{name}.language": gl,
+        f"{name}.language.nvidia.hopper": hopper,
+        "triton.language.core": core,
+    }
 
 
 @contextmanager

@@ -11,10 +11,10 @@ pytest.importorskip("triton")
 from apb.kernels.aot import SHARED_BYTES_LIMIT
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
-def test_kernels_compile_well(capability):
+@pytest.mark.parametrize(("capability", "dims"), [(80, "128"), (90, "64 128 256"), (100, "128")])
+def test_kernels_compile_well(capability, dims):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "apb.kernels.aot", str(capability)]
+    command = [sys.executable, "-m", "apb.kernels.aot", str(capability), *dims.split()]
     lines = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert lines.returncode == 0, lines.stderr[-2000:]
     reports = [json.loads(line) for line in lines.stdout.splitlines()]

@@ -10,17 +10,19 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from apb.attend import decode_attention, masked_attention
-from apb.reference import apb_mask, attention, merge
+from apb.merge import merge
+from apb.reference import apb_mask, attention
 
 pytest.importorskip("triton")
 from apb.kernels import masked_flash
-from apb.kernels.masked_flash_backward import BackwardTiles, choose_key_tiles, choose_query_tiles, launch
+from apb.kernels.masked_flash import Tiles
+from apb.kernels.masked_flash_backward import choose_tiles, launch
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs under the interpreter; see tests/gpu")
 
 SIZES = st.sampled_from([32, 64])
-TILES = st.builds(BackwardTiles, SIZES, SIZES, st.just(4), st.just(2), st.just(1), st.booleans())
-FORWARD = masked_flash.Tiles(32, 32, 4, 2, 1)
+TILES = st.builds(Tiles, SIZES, SIZES, st.just(4), st.just(2), st.just(1), st.booleans())
+FORWARD = Tiles(32, 32, 4, 2, 1)
 
 
 def backward(q, k, v, grads, anchor, passing, key_tiles, query_tiles, causal=True):
@@ -33,8 +35,8 @@ def backward(q, k, v, grads, anchor, passing, key_tiles, query_tiles, causal=Tru
     return launch(grads, q, k, v, *saved, anchor, passing, scale, key_tiles, query_tiles, causal)
 
 
-@example(seed=0, heads=(1, 2, 2), lengths=(33, 16, 70), missing=2, key_tiles=BackwardTiles(32, 64, 4, 2, 1, True),
-         query_tiles=BackwardTiles(64, 32, 4, 2, 1, True), dim=16, dtype=torch.float32, layout="dense")  # fmt: skip
+@example(seed=0, heads=(1, 2, 2), lengths=(33, 16, 70), missing=2, key_tiles=Tiles(32, 64, 4, 2, 1, True),
+         query_tiles=Tiles(64, 32, 4, 2, 1, True), dim=16, dtype=torch.float32, layout="dense")  # fmt: skip
 @given(seed=SEEDS, heads=HEADS, lengths=st.tuples(LENGTHS, LENGTHS, LENGTHS), missing=LENGTHS, key_tiles=TILES,
        query_tiles=TILES, dim=st.sampled_from([16, 64, 80]), dtype=st.sampled_from([torch.float32, torch.float16]),
        layout=LAYOUTS)  # fmt: skip
@@ -71,7 +73,7 @@ def test_what_no_row_with_a_gradient_sees_has_none(seed, lengths, j):
     row = min(j, anchor + block - 1)
     grads = [torch.zeros_like(x) for x in draw_grads(seed, q)]
     grads[0][:, :, row], grads[1][:, :, row] = 1.0, 1.0
-    tiles = BackwardTiles(32, 32, 4, 2, 1)
+    tiles = Tiles(32, 32, 4, 2, 1)
     grad_q, grad_k, grad_v = backward(q, k, v, grads, anchor, passing, tiles, tiles)
     unseen = ~apb_mask(anchor + block, sum(lengths), anchor, passing)[row]
     assert not grad_k[:, :, unseen].any() and not grad_v[:, :, unseen].any()
@@ -81,19 +83,29 @@ def test_what_no_row_with_a_gradient_sees_has_none(seed, lengths, j):
 
 def test_a_second_time_gives_the_same_bits():
     q, k, v = draw_inputs(5, (1, 1, 3), 30, 50, 16, torch.float16)
-    grads, tiles = draw_grads(5, q), BackwardTiles(16, 32, 4, 2, 1)
+    grads, tiles = draw_grads(5, q), Tiles(16, 32, 4, 2, 1)
     once, twice = (backward(q, k, v, grads, 20, 20, tiles, tiles) for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(once, twice, strict=True))
 
 
 def test_every_element_is_written(monkeypatch):
     q, k, v = draw_inputs(2, (2, 1, 2), 37, 50, 80, torch.float32)
-    grads, tiles = draw_grads(2, q), BackwardTiles(32, 16, 4, 2, 1)
+    grads, tiles = draw_grads(2, q), Tiles(32, 16, 4, 2, 1)
     empty, empty_like = torch.empty, torch.empty_like
     monkeypatch.setattr(torch, "empty", lambda *a, **kw: empty(*a, **kw).fill_(torch.nan))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **kw: empty_like(*a, **kw).fill_(torch.nan))
     found = backward(q, k, v, grads, 20, 13, tiles, tiles)
     assert all(x.isfinite().all() for x in found)
+
+
+@pytest.mark.parametrize("only", [0, 1])
+def test_output_and_lse_have_gradients_of_their_own(only):
+    q, k, v = (x.requires_grad_() for x in draw_inputs(4, (1, 1, 2), 9, 12, 16, torch.float32))
+    results = masked_attention(q, k, v, anchor_tokens=4, passing_tokens=3, backend="triton")
+    grads = draw_grads(4, q)
+    found = torch.autograd.grad(results[only], (q, k, v), grads[only])
+    alone = [x if i == only else torch.zeros_like(x) for i, x in enumerate(grads)]
+    assert_gradients(found, q, k, v, apb_mask(9, 12, 4, 3), *alone)
 
 
 @pytest.mark.parametrize("wants", ["qkv", "q", "kv"])
@@ -166,12 +178,49 @@ def test_no_rows_keep_the_graph():
     assert out.shape == q.shape and not any(x.any() for x in found)
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("lengths", [None, 0])
+def test_an_empty_cache_keeps_the_graph(backend, lengths, monkeypatch):
+    monkeypatch.setattr("apb.attend._FEW_ROWS", 2)
+    q, k, v = draw_inputs(1, (1, 1, 2), 3, 0, 16, torch.float32)
+    attend = partial(decode_attention, causal=False, backend=backend)
+    if lengths is not None:
+        attend = partial(attend, lengths=torch.zeros(1, dtype=torch.int32))
+    expected = attend(q, k, v)
+    for x in (q, k, v):
+        x.requires_grad_()
+    if backend == "triton" and lengths is not None:
+        with pytest.raises(RuntimeError, match="'triton' has no backward pass"):
+            attend(q, k, v)
+        return
+    out, lse = attend(q, k, v)
+    assert torch.equal(out, expected[0]) and torch.equal(lse, expected[1])
+    assert (out == 0).all() and (lse == -torch.inf).all() and lse.dtype == torch.float32
+    found = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+    assert [x.shape for x in found] == [x.shape for x in (q, k, v)] and not any(x.any() for x in found)
+
+
+def test_hopper_says_which_rows_it_takes():
+    q, k, v = draw_inputs(1, (1, 1, 1), 300, 290, 64, torch.float16)
+    lengths = torch.tensor([290], dtype=torch.int32)
+    says = "'hopper' takes more than 256 rows, no lengths, and causal no more rows than keys; got "
+    for rows, causal, given_lengths, got in [
+        (5, False, None, "5 rows, 290 keys and no lengths"),
+        (300, False, lengths, "300 rows, 290 keys and lengths"),
+        (300, True, None, "300 rows, 290 keys and no lengths"),
+    ]:
+        with pytest.raises(ValueError, match=f"{says}{got}: use backend='auto'"):
+            decode_attention(q[:, :, :rows], k, v, causal=causal, lengths=given_lengths, backend="hopper")
+    with pytest.raises(ValueError, match="'hopper' needs a Hopper GPU"):
+        decode_attention(q, k, v, causal=False, backend="hopper")
+
+
 def test_tiles_are_powers_of_two():
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for dim in (16, 64, 80, 128, 192, 256):
             for major in (0, 8, 9, 10):
-                for choose in (choose_key_tiles, choose_query_tiles):
-                    tiles = choose(dtype, dim, (major, 0), tma=True)
+                for gradient in ("keys", "queries"):
+                    tiles = choose_tiles(gradient, dtype, dim, (major, 0), tma=True)
                     assert all(x & (x - 1) == 0 and x >= 16 for x in tiles[:2])
                     assert tiles.tma == (major >= 9 and dtype != torch.float32)
 

@@ -160,6 +160,20 @@ def test_a_gather_yields_the_sum_of_what_the_hosts_make_of_it():
     assert run_threads(3, body) == [[111.0] * 2, [117.0] * 2, [111.0] * 2]
 
 
+@pytest.mark.parametrize("run", [run_threads, run_simulated])
+def test_a_second_derivative_is_refused(run):
+    """It would miss what the other hosts make of the tensor: wrong, and silently."""
+
+    def body(host, create_graph):
+        x = torch.full((2,), 1.0 + host.rank, dtype=torch.float64, requires_grad=True)
+        loss = sum(part.square().sum() for part in all_gather(x * x, host, what="squares").wait())
+        return torch.autograd.grad(loss, x, create_graph=create_graph)[0].tolist()
+
+    assert run(2, body, False) == [[2 * 4.0] * 2, [2 * 32.0] * 2]
+    with pytest.raises(RuntimeError, match=r"'squares gradient'\): a gather is differentiable once"):
+        run(2, body, True)
+
+
 def test_without_a_gradient_nothing_changes():
     plan, document = METHOD.plan(tokens=31, hosts=3), draw_document(31)
 

@@ -157,6 +157,18 @@ def test_a_watch_says_later_which_layer_gave_nan_first():
     watch.check()
 
 
+def test_a_watch_takes_notes_of_any_shape():
+    shapes = [(1, 2), (1, 2), (1, 2)], [(1, 2), (1, 4), (3,)], [(), (), ()], [(0, 2)] * 3
+    for some in shapes:
+        watch = NanWatch()
+        for number, shape in enumerate(some):
+            watch.note(f"layer {number}", torch.full(shape, number > 0))
+        if torch.Size(some[0]).numel():
+            with pytest.raises(ValueError, match="scores: layer 1; look"):
+                watch.check()
+        watch.check()
+
+
 def test_a_message_is_both_side_by_side():
     k, v = torch.randn(1, 2, 9, 16), torch.randn(1, 2, 9, 24)
     kept = KeyNorm().compress(Candidates(q=k, k=k, v=v), 4)
@@ -194,3 +206,20 @@ def test_errors():
         pool_and_select(scores.bfloat16(), 3, no_pool, backend="triton")
     with pytest.raises(ValueError, match="takes up to 2097151 tokens, got 2097152"):
         pool_and_select(torch.zeros(1, 1, 2**21), 3, no_pool, backend="triton")
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_what_cannot_be_gathered(backend):
+    k, v = torch.zeros(1, 2, 9, 16), torch.zeros(1, 2, 9, 24)
+    indices = torch.zeros(1, 2, 3, dtype=torch.int64)
+    for arguments, says in [
+        ((k, v.half(), indices), r"k, v: expected one dtype, got torch.float32 and torch.float16; convert"),
+        ((k, v[:, :, :8], indices), r"as many tokens, got \[1, 2, 9, 16\] and \[1, 2, 8, 24\]"),
+        ((k[0], v[0], indices), r"k, v: expected \[batch, heads, tokens, dim\]"),
+        ((k, v, indices.int()), r"indices: expected int64 \[batch 1, heads 2, kept\], got torch.int32 \[1, 2, 3\]"),
+        ((k, v, indices[:, :1]), r"got torch.int64 \[1, 1, 3\]; take those that select returns"),
+        ((k, v, indices.expand(2, 2, 3)), r"got torch.int64 \[2, 2, 3\]"),
+        ((k, v, indices[0]), r"got torch.int64 \[2, 3\]"),
+    ]:
+        with pytest.raises(ValueError, match=says):
+            gather(*arguments, backend=backend)

@@ -1,7 +1,5 @@
 """Few rows against a long cache: every backend against the oracle, splits, empty rows and errors."""
 
-from itertools import repeat
-
 import pytest
 import torch
 from attention_cases import HEADS, LAYOUTS, SEEDS, assert_attention, draw_inputs, lay_out
@@ -88,53 +86,16 @@ def test_lengths_out_of_range_read_nothing_else(backend):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs under the interpreter; see tests/gpu")
-@pytest.mark.parametrize("held", [0, -1, 0x7FC00000_7FC00000, 2**61])
-def test_whatever_memory_held_before(held, monkeypatch):
-    """Partial results and tickets begin as NaN, as zeros or as another launch left them."""
+def test_whatever_memory_held_before(monkeypatch):
+    """Partial results and outputs begin as NaN."""
     decode = pytest.importorskip("apb.kernels.decode")
-    made, empty = [], torch.empty
-
-    def stale(*args, **kwargs):
-        x = empty(*args, **kwargs)
-        x.fill_(held if x.dtype == torch.int64 else torch.nan)
-        made.append(x)
-        return x
-
-    monkeypatch.setattr(torch, "empty", stale)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: empty(*shape, **options).fill_(torch.nan))
     q, k, v = draw_inputs(2, (1, 2, 2), 3, 100, 16, torch.float32)
-    for causal in (False, True):
-        out, lse = decode.launch(q, k, v, causal, 0.25, 4, decode.Tiles(16, 16, 4, 2))
-        assert_attention(out, lse, q, k, v, mask_of(causal, 3, 100))
-        tickets = next(x for x in reversed(made) if x.dtype == torch.int64)
-        assert tickets.tolist() == [0, 0]  # so a graph's next replay, with the same mark, counts anew
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="runs under the interpreter; see tests/gpu")
-def test_a_replay_with_the_same_mark(monkeypatch):
-    """A CUDA graph launches again with the mark and the memory of the first time; only the lengths have changed."""
-    decode = pytest.importorskip("apb.kernels.decode")
-    kept, empty = {}, torch.empty
-
-    def same(*shape, **kwargs):
-        key = str(shape), kwargs["dtype"]
-        return kept.setdefault(key, empty(*shape, **kwargs))
-
-    monkeypatch.setattr(torch, "empty", same)
-    monkeypatch.setattr(decode, "_marks", repeat(2**46 + 5))
-    q, k, v = draw_inputs(2, (1, 1, 2), 1, 200, 16, torch.float32)
-    for n in (200, 3, 90, 0, 91, 200):
-        out, lse = decode.launch(
-            q, k, v, False, 0.25, 4, decode.Tiles(16, 16, 4, 2), torch.tensor([n], dtype=torch.int32)
-        )
-        assert_attention(out, lse, q, k[:, :, :n], v[:, :, :n], mask_of(False, 1, n))
-
-
-@given(programs=st.integers(1, 5000), columns=st.integers(1, 10**6), block_n=st.sampled_from([32, 64]))
-def test_the_splits_cover_the_keys_once(programs, columns, block_n):
-    choose_splits = pytest.importorskip("apb.kernels.decode").choose_splits
-    splits, split_keys = choose_splits(programs, columns, block_n, 132)
-    assert splits >= 1 and split_keys % block_n == 0
-    assert (splits - 1) * split_keys < columns <= splits * split_keys
+    for causal, n in ((False, 100), (True, 100), (False, 40), (True, 7)):
+        lengths = torch.tensor([n], dtype=torch.int32)  # of short ones some splits have nothing
+        out, lse = decode.launch(q, k, v, causal, 0.25, 4, decode.Tiles(16, 16, 4, 2), lengths)
+        assert_attention(out, lse, q, k[:, :, :n], v[:, :, :n], mask_of(causal, 3, n))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs under the interpreter; see tests/gpu")

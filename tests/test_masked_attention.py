@@ -80,7 +80,7 @@ GOOD = {"anchor_tokens": 2, "passing_tokens": 3}
     ("change", "says"),
     [
         ({"backend": "cudnn"}, "backend must be one of auto, reference, sdpa, flex, triton, hopper; got 'cudnn'"),
-        ({"backend": "hopper"}, "backend 'hopper' needs a Hopper GPU .* got a tensor on cpu; backend='auto' takes it"),
+        ({"backend": "hopper"}, "backend 'hopper' needs a Hopper GPU .* got a tensor on cpu; use backend='auto'"),
         ({"q": torch.zeros(4, 6, 16)}, r"q must be \[batch, heads, tokens, dim\], got shape \[4, 6, 16\]"),
         ({"k": torch.zeros(1, 2, 9, 16).half()}, r"k is torch.float16 .* Convert with k.to\(q\)"),
         ({"v": torch.zeros(1, 2, 8, 16)}, r"v \[1, 2, 8, 16\]"),

@@ -108,6 +108,64 @@ def test_no_rows(backend):
     assert out.shape == (1, 2, 0, 16) and lse.shape == (1, 2, 0)
 
 
+def draw_parts_with_gaps(seed, parts=3):
+    """Draw parts in float64, some of them empty and full of NaN; the last row has no other."""
+    outs, lses = (x.double() for x in draw_parts(seed, parts, (1, 2, 5, 16), size=3.0))
+    generator = torch.Generator().manual_seed(seed)
+    empty = torch.rand(lses.shape, generator=generator) < 0.3
+    empty[..., -1] = True
+    return outs.masked_fill(empty[..., None], torch.nan), lses.masked_fill(empty, -INF), empty
+
+
+@given(seed=SEEDS, parts=st.integers(1, 4), dtype=st.sampled_from([torch.float64, torch.float32]))
+def test_gradients_equal_the_textbooks(seed, parts, dtype):
+    outs, lses, empty = draw_parts_with_gaps(seed, parts)
+    grad_out, grad_lse = (x[0].double() for x in draw_parts(seed + 1, 1, outs.shape[1:], size=1.0))
+    inputs = [x.to(dtype).requires_grad_() for x in (outs, lses)]
+    found = torch.autograd.grad(merge(*inputs), inputs, (grad_out.to(dtype), grad_lse.float()))
+    nothing = empty.all(dim=0)  # has no gradient, but NaN by the book
+    plain = [outs.nan_to_num().requires_grad_(), lses.masked_fill(nothing, 0.0).requires_grad_()]
+    grads = grad_out.masked_fill(nothing[..., None], 0.0), grad_lse.masked_fill(nothing, 0.0)
+    truth = torch.autograd.grad(reference.merge(*plain), plain, grads)
+    assert not found[0][empty].any() and not found[1][empty].any()
+    tol = 1e-5 if dtype == torch.float32 else 1e-12
+    for x, y in zip(found, truth, strict=True):
+        assert x.dtype == dtype
+        torch.testing.assert_close(x.double(), y, atol=tol, rtol=tol)
+
+
+def test_gradients_by_finite_differences():
+    outs, lses, empty = draw_parts_with_gaps(0)
+    outs, lses = outs.nan_to_num().requires_grad_(), lses.masked_fill(empty, 0.0).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, y: merge(x, y.masked_fill(empty, -INF))[0], (outs, lses), fast_mode=True)
+    assert torch.autograd.gradgradcheck(lambda x, y: merge(x, y)[0], (outs, lses), fast_mode=True)
+
+
+def test_gradients_of_a_pair():
+    outs, lses = (x.double().requires_grad_() for x in draw_parts(1, 2, (1, 2, 5, 16), size=3.0))
+    whole, _ = merge(outs, lses)
+    pair, _ = merge_pair(outs[0], lses[0], outs[1], lses[1])
+    for x, y in zip(*(torch.autograd.grad(out.square().sum(), (outs, lses)) for out in (whole, pair)), strict=True):
+        assert x.any() and torch.equal(x, y)
+
+
+def test_a_backend_that_would_lose_a_gradient_raises():
+    pytest.importorskip("triton")
+    outs, lses = draw_parts(0, 2, (1, 2, 5, 16))
+    for wanting in ((outs.clone().requires_grad_(), lses), (outs, lses.clone().requires_grad_())):
+        with pytest.raises(RuntimeError, match=r"'triton' has no backward pass: .* use backend='torch'"):
+            merge(*wanting, backend="triton")
+        assert merge(*wanting)[0].requires_grad
+
+
+@NO_INTERPRETER
+def test_without_grad_mode_triton_takes_what_wants_a_gradient():
+    pytest.importorskip("triton")
+    outs, lses = (x.requires_grad_() for x in draw_parts(0, 2, (1, 2, 5, 16)))
+    with torch.no_grad():
+        torch.testing.assert_close(merge(outs, lses, backend="triton"), merge(outs, lses, backend="torch"))
+
+
 def test_errors():
     outs, lses = draw_parts(0, 2, (1, 2, 5, 16))
     with pytest.raises(ValueError, match=r"got \[1, 2, 5, 16\] and \[1, 2, 5\]. Use torch.stack"):

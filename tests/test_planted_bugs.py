@@ -1,5 +1,6 @@
 """The tests are tested: each planted bug, put into a copy of the package, makes the tests named for it fail."""
 
+import json
 import os
 import re
 import shlex
@@ -36,12 +37,51 @@ torch.set_num_threads(1)
 """
 
 
+# Imports what takes long once, then forks for each job; the package itself is imported after the fork.
+RUNNER = """
+import importlib.util, json, os, signal, sys
+import einops, hypothesis, jaxtyping, pytest, safetensors.torch, torch, torch.distributed, transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+def work(job):
+    os.chdir(job["folder"])
+    sys.path.insert(0, job["folder"])
+    os.environ["PYTHONPATH"] = job["folder"]
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for stream in (1, 2):
+        os.dup2(os.open("output", os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)
+    signal.alarm(120)
+    code = pytest.main(job["arguments"])
+    sys.stdout.flush()
+    os._exit(code)
+for line in sys.stdin:
+    job = json.loads(line)
+    child = os.fork() or work(job)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    sys.path.insert(0, job["folder"])
+    importlib.invalidate_caches()
+    origin = importlib.util.find_spec("apb").origin
+    sys.path.remove(job["folder"])
+    print(json.dumps([code, origin]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def runner():
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", RUNNER]
+    with subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        yield process
+        process.stdin.close()
+
+
 def test_every_bug_has_a_name_of_its_own():
     assert len({bug.name for bug in BUGS}) == len({(bug.file, bug.old, bug.new) for bug in BUGS}) == len(BUGS)
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name.replace(" ", "-"))
-def test_a_planted_bug_is_noticed(bug, tmp_path):
+def test_a_planted_bug_is_noticed(bug, tmp_path, runner):
     shutil.copytree(ROOT / "apb", tmp_path / "apb", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "tests").mkdir()
     files, *selection = shlex.split(bug.tests)
@@ -59,12 +99,11 @@ def test_a_planted_bug_is_noticed(bug, tmp_path):
     source.write_text(text.replace(bug.old, bug.new))
 
     options = ("-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist")
-    command = [sys.executable, "-m", "pytest", *tests, *selection, *options]
-    environment = os.environ | {"PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-    assert ended.returncode == 1, f"not noticed (exit code {ended.returncode}):\n{ended.stdout[-2000:]}{ended.stderr}"
-    assert re.search(r"^E .*(AssertionError|assert )", ended.stdout, re.MULTILINE), ended.stdout[-3000:]
-    assert str(tmp_path / "apb") in subprocess.run(
-        [sys.executable, "-c", "import importlib.util as u; print(u.find_spec('apb').origin)"],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
+    job = {"folder": str(tmp_path), "arguments": [*map(str, tests), *selection, *options]}
+    runner.stdin.write(json.dumps(job) + "\n")
+    runner.stdin.flush()
+    code, origin = json.loads(runner.stdout.readline())
+    output = (tmp_path / "output").read_text()
+    assert origin == str(tmp_path / "apb" / "__init__.py")
+    assert code == 1, f"not noticed (exit code {code}):\n{output[-2000:]}"
+    assert re.search(r"^E .*(AssertionError|assert )", output, re.MULTILINE), output[-3000:]

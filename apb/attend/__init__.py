@@ -136,8 +136,8 @@ def decode_attention(
             lies behind them is not read, so k and v may be buffers that a cache grows into, and with "triton" a CUDA
             graph may be replayed as it grows. The other backends wait for the device to tell them.
         scale: multiplies the scores, > 0; 1/√dim if None.
-        backend: "reference", "sdpa", "triton", or "hopper" for more than 256 rows; "auto" takes what `choose_backend`
-            says, and triton where that is hopper and the rows are few.
+        backend: "reference", "sdpa", "triton", or "hopper" for more than 256 rows; `choose_backend` says what "auto"
+            takes.
 
     Returns:
         The output in q's dtype, and the LSE of each row, natural log, float32: the parts that
@@ -149,6 +149,12 @@ def decode_attention(
     """
     # Few rows go to the split-KV kernel, which has no backward pass; many to that of `masked_attention`, which has one.
     many = lengths is None and q.shape[-2] > _FEW_ROWS and not (causal and q.shape[-2] > k.shape[-2])
+    if backend == "hopper" and not many:
+        raise ValueError(
+            f"backend 'hopper' takes more than {_FEW_ROWS} rows, no lengths, and causal no more rows than keys; got "
+            f"{q.shape[-2]} rows, {k.shape[-2]} keys and {'no lengths' if lengths is None else 'lengths'}: "
+            f"use backend='auto'"
+        )
     legal = ("reference", "sdpa", "triton", "hopper") if many else ("reference", "sdpa", "triton")
     differentiable = ("reference", "triton", "hopper") if many else ("reference",)
     backend, scale = check_inputs(q, k, v, scale, backend, legal, differentiable=differentiable)
@@ -158,7 +164,9 @@ def decode_attention(
             f"on {lengths.device}"
         )
     if q.numel() == 0 or k.shape[2] == 0:
-        return torch.zeros_like(q), q.new_full(q.shape[:-1], -torch.inf, dtype=torch.float32)
+        if not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
+            return torch.zeros_like(q), q.new_full(q.shape[:-1], -torch.inf, dtype=torch.float32)
+        backend, lengths = "reference", None  # nothing to compute, but a graph to keep
     if lengths is not None and backend != "triton":  # one at a time
         each = (
             decode_attention(

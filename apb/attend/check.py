@@ -1,6 +1,7 @@
 """The arguments of every attention of this package, checked once and for all backends."""
 
 import math
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Literal
 
@@ -26,16 +27,10 @@ _DTYPES = {
 
 
 def choose_backend(q: Float[Tensor, "batch q_heads rows dim"]) -> Backend:
-    """Name the backend that "auto" takes in `masked_attention`.
-
-    On CUDA hopper where it applies (compute capability 9.0, float16 or bfloat16, head dim 64 or 128), else triton;
-    elsewhere sdpa; reference in float64.
-    """
+    """Name the backend that "auto" takes: triton on CUDA, sdpa elsewhere, reference in float64."""
     if q.dtype == torch.float64:
         return "reference"
-    if not (q.is_cuda and _TRITON_INSTALLED):
-        return "sdpa"
-    return "triton" if _hopper_refusal(q) else "hopper"
+    return "triton" if q.is_cuda and _TRITON_INSTALLED else "sdpa"
 
 
 def check_inputs(
@@ -75,10 +70,8 @@ def check_inputs(
     if not 16 <= dim <= 256:
         raise ValueError(f"the head dim must be 16..256, got {dim} (q {list(q.shape)})")
     chosen = choose_backend(q) if backend == "auto" else backend
-    if backend == "auto" and chosen == "hopper" and "hopper" not in legal:
-        chosen = "triton"
     if backend == "hopper" and (why := _hopper_refusal(q)):
-        raise ValueError(f"backend 'hopper' {why}; backend='auto' takes it where it applies")
+        raise ValueError(f"backend 'hopper' {why}; use backend='auto'")
     if q.dtype not in _DTYPES[chosen]:
         raise ValueError(f"backend {chosen!r} takes {', '.join(map(str, _DTYPES[chosen]))}; got {q.dtype}")
     if chosen == "sdpa" and q.is_cuda and dim % 8:
@@ -96,17 +89,15 @@ def check_inputs(
 
 def _hopper_refusal(q: Tensor) -> str | None:
     """Say why the Hopper kernel cannot take q, or None if it can."""
-    if not q.is_cuda or not _has_gluon_on_hopper(q.device.index):
-        return f"needs a Hopper GPU (compute capability 9.0) and Triton 3.6 or newer, got a tensor on {q.device}"
+    if not q.is_cuda or torch.cuda.get_device_capability(q.device) != (9, 0):
+        return f"needs a Hopper GPU (compute capability 9.0), got a tensor on {q.device}"
+    try:
+        import_module("apb.kernels.hopper")
+    except (ImportError, AttributeError) as error:
+        return f"needs the Gluon of Triton 3.6 ({type(error).__name__}: {error})"
     if q.dtype not in _DTYPES["hopper"]:
         return f"takes float16 and bfloat16, got {q.dtype}"
     return None if q.shape[-1] in (64, 128) else f"takes head dims 64 and 128, got {q.shape[-1]}"
-
-
-@torch.compiler.assume_constant_result
-def _has_gluon_on_hopper(device: int | None) -> bool:
-    hopper = torch.cuda.get_device_capability(device) == (9, 0)
-    return hopper and find_spec("triton.experimental.gluon.nvidia.hopper") is not None
 
 
 def _check_triton(q: Tensor) -> None:

@@ -22,7 +22,7 @@ class Row:
     """One measurement: a line of `benchmarks/ledger.csv`.
 
     Attributes:
-        date: day of the run, ISO 8601.
+        date: when the run began, ISO 8601 in UTC; the day alone in early rows.
         device: name of the GPU, or of the processor.
         torch: version of PyTorch.
         triton: version of Triton, or "none".
@@ -71,7 +71,7 @@ def environment() -> Environment:
     except PackageNotFoundError:
         triton = "none"
     return {
-        "date": datetime.date.today().isoformat(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
         "torch": torch.__version__,
         "triton": triton,

@@ -132,6 +132,8 @@ class Bench:
         try:
             timing = time_call(call, graph=graph)
         except Exception as error:
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()  # raises if the device itself has failed: nothing more can be measured then
             reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
             self._note(case, backend, Timing(math.nan, math.nan, math.nan), notes=reason)
             return math.nan

@@ -38,7 +38,7 @@ def read_ledger(path: Path) -> list[Row]:
 
 
 def newest_run(rows: Sequence[Row], benchmark: str) -> list[Row]:
-    """Return the rows of a benchmark that share day, device, versions and commit with its last one.
+    """Return the rows of a benchmark that share date, device, versions and commit with its last one.
 
     What was measured twice counts as measured last.
 

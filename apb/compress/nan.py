@@ -33,6 +33,11 @@ class NanWatch:
         notes, self._notes = self._notes, []
         if not notes:
             return
-        for (where, _), nan in zip(notes, torch.stack([nan.any() for _, nan in notes]).tolist(), strict=True):
+        nans = [nan for _, nan in notes]
+        if len({nan.shape for nan in nans}) == 1:  # two launches, not one for each note
+            found = torch.stack(nans).reshape(len(nans), nans[0].numel()).any(1).tolist()
+        else:
+            found = torch.stack([nan.any() for nan in nans]).tolist()
+        for (where, _), nan in zip(notes, found, strict=True):
             if nan:
                 raise ValueError(f"scores: {where}; look for NaN or infinite activations before this layer")

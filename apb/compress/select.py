@@ -78,12 +78,23 @@ def gather(
 
     Args:
         k, v: of the same dtype.
-        indices: positions among the tokens.
+        indices: positions among the tokens, int64; nobody looks whether they are in range.
         backend: "torch" runs anywhere; "triton" copies both in one launch; "auto" takes it on CUDA.
 
     Raises:
-        ValueError: a backend that cannot run here.
+        ValueError: arguments that do not belong together, or a backend that cannot run here.
     """
+    if k.dtype != v.dtype:
+        raise ValueError(f"k, v: expected one dtype, got {k.dtype} and {v.dtype}; convert with v.to(k)")
+    if k.ndim != 4 or v.ndim != 4 or k.shape[:3] != v.shape[:3]:
+        raise ValueError(
+            f"k, v: expected [batch, heads, tokens, dim] of as many tokens, got {list(k.shape)} and {list(v.shape)}"
+        )
+    if indices.dtype != torch.int64 or indices.ndim != 3 or indices.shape[:2] != k.shape[:2]:
+        raise ValueError(
+            f"indices: expected int64 [batch {k.shape[0]}, heads {k.shape[1]}, kept], got {indices.dtype} "
+            f"{list(indices.shape)}; take those that select returns"
+        )
     if choose_backend(backend, k, v) == "triton":
         from apb.kernels.select import gather_kept
 

@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -164,7 +164,7 @@ def report_decode(dtype: torch.dtype, dim: int, packed_rows: int, capability: in
     name, block_d = TRITON_NAME[dtype], triton.next_power_of_2(dim)
     kept_rows, merged_rows, parts = decode.split_shape(packed_rows, tiles.block_m, block_d)
     types = {x: f"*{name}" for x in ("q", "k", "v", "out")} | {"lse": "*fp32", "partials": "*fp32", "lengths": "*i32"}
-    types |= {"tickets": "*i64", "mark": "i64", "scale_log2": "fp32"}
+    types |= {"tickets": "*i32", "scale_log2": "fp32"}
     constants = {f"stride_{x}d": 1 for x in "qkv"} | {
         "CAUSAL": True, "D": dim, "BLOCK_D": block_d, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n,
         "ROWS": kept_rows, "MERGED": merged_rows, "PARTS": parts,
@@ -175,8 +175,8 @@ def report_decode(dtype: torch.dtype, dim: int, packed_rows: int, capability: in
 
 def report_masked_flash_backward(dtype: torch.dtype, dim: int, capability: int, *, tma: bool, keys: bool) -> Report:
     """Compile the kernel of the keys' and values' gradient, or of the queries'."""
-    choose = masked_flash_backward.choose_key_tiles if keys else masked_flash_backward.choose_query_tiles
-    tiles, name = choose(dtype, dim, divmod(capability, 10), tma=tma), TRITON_NAME[dtype]
+    gradient, name = "keys" if keys else "queries", TRITON_NAME[dtype]
+    tiles = masked_flash_backward.choose_tiles(gradient, dtype, dim, divmod(capability, 10), tma=tma)
     block_d = triton.next_power_of_2(dim)
     types = {x: f"*{name}" for x in ("q", "k", "v", "grad_out", "grad_q", "grad_k", "grad_v")}
     types |= {"lse": "*fp32", "delta": "*fp32", "scale": "fp32", "scale_log2": "fp32"}
@@ -239,10 +239,10 @@ def report_merge(dim: int, capability: int) -> Report:
 TRITON_NAME = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
-def all_reports(capability: int) -> Iterator[dict[str, Any]]:
-    """Compile every kernel with each of its tiles for one capability; yield what it is and its report."""
-    for dtype, dims in ((torch.bfloat16, (64, 128, 256)), (torch.float32, (128, 256))):
-        for dim in dims:
+def all_reports(capability: int, dims: Sequence[int] = (64, 128, 256)) -> Iterator[dict[str, Any]]:
+    """Compile every kernel with its tiles for one capability and some head dims; yield what it is and its report."""
+    for dtype, some in ((torch.bfloat16, dims), (torch.float32, (128,))):
+        for dim in some:
             reports = {}
             for tma in (False, True) if dtype == torch.bfloat16 and capability >= 90 else (False,):
                 name = "masked_flash" + (" tma" if tma else "")
@@ -260,8 +260,8 @@ def all_reports(capability: int) -> Iterator[dict[str, Any]]:
             for name, report in reports.items():
                 yield what(name, dtype, dim, capability) | asdict(report)
     if capability == 90:
-        for dtype in (torch.bfloat16, torch.float16):
-            for dim in hopper.DIMS:
+        for dtype, some in ((torch.bfloat16, hopper.DIMS), (torch.float16, (128,))):
+            for dim in some:
                 yield what("hopper", dtype, dim, capability) | asdict(report_hopper(dtype, dim))
         yield what("hopper full", dtype, dim, capability) | asdict(report_hopper(dtype, dim, causal=False))
     from .aot_compress import compress_reports  # it imports this module
@@ -275,7 +275,7 @@ def what(kernel: str, dtype: torch.dtype, dim: int, capability: int) -> dict[str
     return {"kernel": kernel, "dtype": TRITON_NAME[dtype], "dim": dim, "capability": capability}
 
 
-if __name__ == "__main__":  # one line of JSON a report
-    for argument in sys.argv[1:] or SHARED_BYTES_LIMIT:
-        for line in all_reports(int(argument)):
+if __name__ == "__main__":  # one line of JSON a report; arguments: a capability, or all of them; then head dims
+    for argument in sys.argv[1:2] or SHARED_BYTES_LIMIT:
+        for line in all_reports(int(argument), *([[int(dim) for dim in sys.argv[2:]]] if sys.argv[2:] else [])):
             print(json.dumps(line), flush=True)

@@ -7,9 +7,7 @@ that finishes last merges what all of them left, in the order of the keys, so th
 finishes when.
 """
 
-import itertools
 import math
-import random
 from typing import NamedTuple
 
 import torch
@@ -74,17 +72,9 @@ def store_rows(out, lse, acc, row_lse, first, rows, kv_head, kv_heads, group, ba
     tl.store(out + row[:, None] * D + dims[None, :], acc.to(out.dtype.element_ty), mask=stored)
 
 
-@triton.jit
-def open_ticket(ticket, mark):
-    """Set a counter that holds anything to `mark`, whichever program comes first; later ones find it in [mark, …)."""
-    found = tl.atomic_cas(ticket, tl.cast(0, tl.int64), mark)
-    if (found != 0) & (found // 65536 != mark // 65536):
-        tl.atomic_cas(ticket, found, mark)  # fails if another program was faster
-
-
-@triton.jit(do_not_specialize=["mark", "rows", "columns", "kv_heads", "group", "splits", "block", "stride_length"])
+@triton.jit(do_not_specialize=["rows", "columns", "kv_heads", "group", "splits", "block", "stride_length"])
 def split_kv_decode_kernel(
-    q, k, v, lengths, out, lse, partials, tickets, mark, scale_log2, rows, columns, kv_heads, group, splits, block,
+    q, k, v, lengths, out, lse, partials, tickets, scale_log2, rows, columns, kv_heads, group, splits, block,
     stride_qb, stride_qh, stride_qn, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd, stride_length,
     CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -93,10 +83,8 @@ def split_kv_decode_kernel(
     """Attend from one tile of packed rows to one split of the keys; the program that ends last merges the splits.
 
     `partials` holds, for each row tile, [splits, ROWS, BLOCK_D] outputs, and behind them all [splits, ROWS] LSEs.
-    `tickets` is a counter for each row tile, and holds anything at first. The first program of a tile sets it to
-    `mark`, which no other launch has; the one that ends last finds mark + splits − 1 there, and sets it to 0, since a
-    CUDA graph will come again with the same mark. `block` is BLOCK_N, which the compiler must not know of here: it
-    would unfold the second sweep, and the assembler then serialise the tensor-core instructions.
+    `tickets` is a counter for each row tile, 0 at first. `block` is BLOCK_N, which the compiler must not know of here:
+    it would unfold the second sweep, and the assembler then serialise the tensor-core instructions.
     """
     tile, split, pair = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     batch, kv_head = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64)
@@ -116,9 +104,6 @@ def split_kv_decode_kernel(
     dims = tl.arange(0, BLOCK_D)
     q += batch * stride_qb + (q_head * stride_qh + row.to(tl.int64) * stride_qn)[:, None] + dims[None, :] * stride_qd
     q_tile = tl.load(q, mask=(packed < rows * group)[:, None] & (dims < D)[None, :], other=0.0)
-    place = pair * tl.num_programs(0) + tile
-    if live > 1:
-        open_ticket(tickets + place, mark)  # here, where it waits for q anyway
     k += batch * stride_kb + kv_head * stride_kh
     v += batch * stride_vb + kv_head * stride_vh
 
@@ -142,12 +127,12 @@ def split_kv_decode_kernel(
     if live == 1:
         store_rows(out, lse, acc, row_lse, tile * BLOCK_M, rows, kv_head, kv_heads, group, batch, D, BLOCK_D, BLOCK_M)
         return
+    place = pair * tl.num_programs(0) + tile
     all_rows = tl.num_programs(2).to(tl.int64) * tl.num_programs(0) * splits * ROWS
     lses = partials + all_rows * BLOCK_D + place.to(tl.int64) * splits * ROWS
     partials += place.to(tl.int64) * splits * ROWS * BLOCK_D
     leave_part(partials, lses, acc, row_lse, split, BLOCK_D, BLOCK_M, ROWS)
-    if tl.atomic_add(tickets + place, 1, sem="acq_rel") == mark + live - 1:
-        tl.store(tickets + place, 0)
+    if tl.atomic_add(tickets + place, 1, sem="acq_rel") == live - 1:
         for first in range(0, ROWS, MERGED):
             local = first + tl.arange(0, MERGED)
             merged, merged_lse = merge_parts(partials, lses, live, ROWS * BLOCK_D, 1, ROWS, local * BLOCK_D, local,
@@ -192,9 +177,6 @@ def split_shape(packed_rows: int, block_m: int, block_d: int) -> tuple[int, int,
     return rows, merged, min(8, max(1, 4096 // (merged * block_d)))
 
 
-_marks = itertools.count(2**45 + random.SystemRandom().getrandbits(45))  # what memory holds by chance is none of them
-
-
 def launch(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, splits: int, tiles: Tiles,
     lengths: Tensor | None = None,
@@ -210,10 +192,10 @@ def launch(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
     partials = torch.empty(places * splits * kept_rows * (block_d + 1), dtype=torch.float32, device=q.device)
-    tickets = torch.empty(places, dtype=torch.int64, device=q.device)
+    tickets = torch.zeros(places, dtype=torch.int32, device=q.device)
     with torch.cuda.device_of(q):
         split_kv_decode_kernel[grid](
-            q, k, v, lengths, out, lse, partials, tickets, next(_marks) << 16, scale * math.log2(math.e),
+            q, k, v, lengths, out, lse, partials, tickets, scale * math.log2(math.e),
             rows, columns, kv_heads, group, splits, tiles.block_n, *q.stride(), *k.stride(), *v.stride(),
             0 if lengths is None else lengths.stride(0),
             CAUSAL=causal, D=dim, BLOCK_D=block_d, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,

@@ -40,7 +40,8 @@ def launch(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Run the kernel with the given tiles; tensors that TMA cannot read are copied first."""
     out = torch.empty_like(q)
-    q, k, v = (x if tma_can_read(x) else x.contiguous() for x in (q, k, v))
+    # Not x.contiguous(), which is x itself where it begins at an odd address.
+    q, k, v = (x if tma_can_read(x) else x.clone(memory_format=torch.contiguous_format) for x in (q, k, v))
     batch, q_heads, rows, dim = q.shape
     kv_heads, columns = k.shape[1], k.shape[2]
     anchor_rows = max(0, rows - (columns - anchor_tokens - passing_tokens)) if causal else 0

@@ -67,7 +67,7 @@ class Channel:
         self.release(n)
         # Every lane holds the same number; read it from lane 0, so that the assembler knows it too.
         return gl.inline_asm_elementwise("shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;", "=r,r", [number],
-                                         dtype=gl.int32, is_pure=True, pack=1)  # fmt: skip
+                                         dtype=gl.int32, is_pure=False, pack=1)  # fmt: skip
 
 
 @gluon.jit

@@ -1,4 +1,4 @@
-"""APB's masked attention for Hopper (sm_90), in Gluon: what `masked_flash.py` computes, near the tensor cores' rate.
+"""APB's masked attention for Hopper (sm_90), in Gluon: what `masked_flash.py` computes, with Hopper's own means.
 
 One program per multiprocessor draws tiles of rows until none is left. In it, one warp fetches and the consumers, a
 warpgroup of 64 rows each, compute; they hand each other turns, so that one's softmax runs under another's products:
@@ -86,9 +86,12 @@ def produce(work, q, k, v, counter):
     while tile < work.all_tiles:
         work.tiles.send(drawn, tile)
         batch, kv_head, head, first, _, _, _, blocks = work.locate(tile)
+        work.k.fetch(filled, k, [batch, kv_head, 0, 0])  # first, since a buffer is free before the consumers leave Q
         for consumer in gl.static_range(work.CONSUMERS):
             work.q.fetch(drawn * work.CONSUMERS + consumer, q, [batch, head, first + consumer * 64, 0])
-        for block in range(0, blocks):
+        work.v.fetch(filled, v, [batch, kv_head, 0, 0])
+        filled += 1
+        for block in range(1, blocks):
             work.k.fetch(filled, k, [batch, kv_head, block * work.BLOCK_N, 0])
             work.v.fetch(filled, v, [batch, kv_head, block * work.BLOCK_N, 0])
             filled += 1

@@ -9,7 +9,7 @@ order, the query heads of a group included; so equal inputs give equal bits.
 """
 
 import math
-from typing import NamedTuple
+from typing import Literal
 
 import torch
 import triton
@@ -17,70 +17,47 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .masked_flash import tma_can_read
+from .masked_flash import Tiles, tma_can_read
 from .masked_flash_backward_kernels import grad_keys_kernel, grad_queries_kernel
 
-__all__ = [
-    "BackwardTiles",
-    "choose_key_tiles",
-    "choose_query_tiles",
-    "delta_kernel",
-    "launch",
-    "masked_flash_backward",
-]
+__all__ = ["choose_tiles", "delta_kernel", "launch", "masked_flash_backward"]
 
 _DELTA_ELEMENTS = 4096  # of one program that computes D
 
 
-class BackwardTiles(NamedTuple):
-    """How one program cuts its work: rows × keys of a tile, warps, pipeline stages, and loads by TMA or pointers."""
-
-    block_m: int
-    block_n: int
-    warps: int
-    stages: int
-    diagonal_stages: int
-    tma: bool = False
-
-
 # By what the assembler reports: the largest tiles without a spill, or on sm_90 a wait for every wgmma in turn. For
 # head dims up to 64, 128 and 256.
-_KEY_TILES = {
-    "float32": (BackwardTiles(16, 32, 8, 1, 1), BackwardTiles(16, 32, 8, 1, 1), BackwardTiles(16, 16, 16, 1, 1)),
-    "sm_80": (BackwardTiles(32, 128, 8, 2, 2), BackwardTiles(64, 64, 8, 3, 2), BackwardTiles(32, 64, 8, 2, 2)),
-    "sm_90": (BackwardTiles(64, 128, 8, 3, 2), BackwardTiles(32, 128, 8, 3, 2), BackwardTiles(64, 32, 8, 2, 2)),
-    "sm_90 tma": (BackwardTiles(64, 128, 8, 3, 2), BackwardTiles(64, 128, 8, 2, 2), BackwardTiles(64, 32, 8, 2, 2)),
-    "sm_100": (BackwardTiles(64, 128, 8, 2, 2), BackwardTiles(64, 64, 8, 2, 2), BackwardTiles(32, 64, 8, 2, 2)),
-}
-_QUERY_TILES = {
-    "float32": (BackwardTiles(32, 16, 8, 1, 1), BackwardTiles(32, 16, 8, 1, 1), BackwardTiles(16, 16, 4, 1, 1)),
-    "sm_80": (BackwardTiles(128, 64, 8, 3, 3), BackwardTiles(64, 64, 8, 2, 1), BackwardTiles(64, 32, 8, 2, 1)),
-    "sm_90": (BackwardTiles(128, 64, 8, 2, 1), BackwardTiles(128, 64, 8, 2, 1), BackwardTiles(64, 16, 8, 2, 1)),
-    "sm_90 tma": (BackwardTiles(128, 64, 8, 2, 1), BackwardTiles(128, 64, 8, 2, 1), BackwardTiles(64, 64, 8, 2, 2)),
-    "sm_100": (BackwardTiles(128, 64, 8, 2, 2), BackwardTiles(128, 64, 8, 2, 1), BackwardTiles(128, 32, 8, 2, 1)),
+_TILES = {
+    "keys": {
+        "float32": (Tiles(16, 32, 8, 1, 1), Tiles(16, 32, 8, 1, 1), Tiles(16, 16, 16, 1, 1)),
+        "sm_80": (Tiles(32, 128, 8, 2, 2), Tiles(64, 64, 8, 3, 2), Tiles(32, 64, 8, 2, 2)),
+        "sm_90": (Tiles(64, 128, 8, 3, 2), Tiles(32, 128, 8, 3, 2), Tiles(64, 32, 8, 2, 2)),
+        "sm_90 tma": (Tiles(64, 128, 8, 3, 2), Tiles(64, 128, 8, 2, 2), Tiles(64, 32, 8, 2, 2)),
+        "sm_100": (Tiles(64, 128, 8, 2, 2), Tiles(64, 64, 8, 2, 2), Tiles(32, 64, 8, 2, 2)),
+    },
+    "queries": {
+        "float32": (Tiles(32, 16, 8, 1, 1), Tiles(32, 16, 8, 1, 1), Tiles(16, 16, 4, 1, 1)),
+        "sm_80": (Tiles(128, 64, 8, 3, 3), Tiles(64, 64, 8, 2, 1), Tiles(64, 32, 8, 2, 1)),
+        "sm_90": (Tiles(128, 64, 8, 2, 1), Tiles(128, 64, 8, 2, 1), Tiles(64, 16, 8, 2, 1)),
+        "sm_90 tma": (Tiles(128, 64, 8, 2, 1), Tiles(128, 64, 8, 2, 1), Tiles(64, 64, 8, 2, 2)),
+        "sm_100": (Tiles(128, 64, 8, 2, 2), Tiles(128, 64, 8, 2, 1), Tiles(128, 32, 8, 2, 1)),
+    },
 }
 
 
-def choose_key_tiles(dtype: torch.dtype, dim: int, capability: tuple[int, int], *, tma: bool) -> BackwardTiles:
-    """Look up the tiles of the keys' and values' gradient.
+def choose_tiles(
+    gradient: Literal["keys", "queries"], dtype: torch.dtype, dim: int, capability: tuple[int, int], *, tma: bool
+) -> Tiles:
+    """Look up the tiles of one kernel.
 
     Args:
+        gradient: of the keys and values, or of the queries.
         dtype: of the inputs.
         dim: head dim.
         capability: compute capability.
-        tma: whether TMA can read the queries and the output's gradient.
+        tma: whether TMA can read what the kernel streams: the queries and the output's gradient for "keys", the keys
+            and values for "queries".
     """
-    return _choose(_KEY_TILES, dtype, dim, capability, tma)
-
-
-def choose_query_tiles(dtype: torch.dtype, dim: int, capability: tuple[int, int], *, tma: bool) -> BackwardTiles:
-    """Look up the tiles of the queries' gradient, as `choose_key_tiles`; `tma` is about the keys and values."""
-    return _choose(_QUERY_TILES, dtype, dim, capability, tma)
-
-
-def _choose(
-    table: dict[str, tuple[BackwardTiles, ...]], dtype: torch.dtype, dim: int, capability: tuple[int, int], tma: bool
-) -> BackwardTiles:
     tma = tma and capability[0] >= 9 and dtype != torch.float32
     if dtype == torch.float32:
         line = "float32"
@@ -88,7 +65,7 @@ def _choose(
         line = "sm_90 tma" if tma else "sm_90"
     else:
         line = "sm_100" if capability[0] > 9 else "sm_80"
-    return table[line][(dim > 64) + (dim > 128)]._replace(tma=tma)
+    return _TILES[gradient][line][(dim > 64) + (dim > 128)]._replace(tma=tma)
 
 
 @triton.jit
@@ -117,7 +94,7 @@ def delta_kernel(
 
 def launch(
     grads: tuple[Tensor, Tensor], q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, anchor_tokens: int,
-    passing_tokens: int, scale: float, key_tiles: BackwardTiles, query_tiles: BackwardTiles, causal: bool = True,
+    passing_tokens: int, scale: float, key_tiles: Tiles, query_tiles: Tiles, causal: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Run the kernels; `grads` are those of out and LSE, and tiles with `tma` need tensors that `tma_can_read`."""
     batch, q_heads, rows, dim = q.shape
@@ -157,7 +134,7 @@ def _described(x: Tensor, tma: bool, tokens: int) -> Tensor | TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, tokens, triton.next_power_of_2(x.shape[-1])])
 
 
-def _settings(tiles: BackwardTiles) -> dict[str, int | bool]:
+def _settings(tiles: Tiles) -> dict[str, int | bool]:
     return {
         "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "TMA": tiles.tma, "STAGES": tiles.stages,
         "DIAGONAL_STAGES": tiles.diagonal_stages, "num_warps": tiles.warps,
@@ -172,8 +149,8 @@ def masked_flash_backward(
     """Compute the gradients of q, k and v from those of the output and the LSE of `masked_flash`."""
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (0, 0)
     key_tiles, query_tiles = (
-        choose(q.dtype, q.shape[-1], capability, tma=all(tma_can_read(x) for x in streamed))
-        for choose, streamed in ((choose_key_tiles, (q, grad_out)), (choose_query_tiles, (k, v)))
+        choose_tiles(gradient, q.dtype, q.shape[-1], capability, tma=all(tma_can_read(x) for x in streamed))
+        for gradient, streamed in (("keys", (q, grad_out)), ("queries", (k, v)))
     )
     grads = grad_out, grad_lse
     return launch(grads, q, k, v, out, lse, anchor_tokens, passing_tokens, scale, key_tiles, query_tiles, causal)

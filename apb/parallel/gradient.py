@@ -33,7 +33,9 @@ def all_gather(x: Tensor, host: Host, *, what: str, after: Handle[list[Tensor]] 
 
     Raises:
         HostFailed: (from `wait`, and from backward) another host failed.
-        RuntimeError: (from backward) hosts are threads that share a GPU, and so a thread for its backward pass.
+        RuntimeError: (from backward) `create_graph=True`; or the host is a thread and goes backward in another one, in
+            which the other hosts would have to: on a GPU, unless autograd's multithreading is off (`run_threads` and
+            `run_simulated` see to it).
     """
     started = host.all_gather(x, what=what)
     if host.world_size == 1 or not (torch.is_grad_enabled() and x.requires_grad):
@@ -49,7 +51,7 @@ class _Gather(torch.autograd.Function):
         ctx: Any, started: Handle[list[Tensor]], host: Host, what: str, x: Tensor, before: Tensor | None
     ) -> tuple[Tensor, ...]:
         ctx.host, ctx.what, ctx.thread = host, f"{what} gradient", threading.get_ident()
-        ctx.before = None if before is None else (before.shape, before.dtype, before.device)
+        ctx.before = None if before is None else before.shape
         return tuple(started.wait())
 
     @staticmethod
@@ -57,8 +59,14 @@ class _Gather(torch.autograd.Function):
         if isinstance(ctx.host, ThreadHost) and threading.get_ident() != ctx.thread:
             raise RuntimeError(
                 f"backward on rank {ctx.host.rank} ({ctx.what!r}): hosts that are threads share the thread in which "
-                f"PyTorch goes backward on {ctx.host.device}, and would wait for each other forever; call backward "
-                f"under torch.autograd.set_multithreading_enabled(False), or take run_processes"
+                f"PyTorch goes backward on {ctx.host.device}, and would wait for each other forever; leave autograd's "
+                f"multithreading off, as run_threads does on a GPU, or call backward under "
+                f"torch.autograd.set_multithreading_enabled(False)"
+            )
+        if torch.is_grad_enabled() and any(grad.requires_grad for grad in grads):
+            raise RuntimeError(
+                f"backward on rank {ctx.host.rank} ({ctx.what!r}): a gather is differentiable once, and a second "
+                f"derivative would miss the other hosts' parts; call backward without create_graph=True"
             )
         mine = torch.stack(ctx.host.all_to_all(grads, what=ctx.what).wait()).sum(dim=0)
-        return None, None, None, mine, None if ctx.before is None else mine.new_zeros(ctx.before[0])
+        return None, None, None, mine, None if ctx.before is None else mine.new_zeros(ctx.before)

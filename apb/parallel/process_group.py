@@ -148,6 +148,8 @@ class ProcessGroupHost(Host):
             work = start(group=self._group, async_op=True)
         except RuntimeError as error:
             self._fail(number, name, error)
+        if self.device.type != "cuda":  # where nobody watches, forget here those that nobody waited for
+            self._under_way = {n: work for n, work in self._under_way.items() if not work[0]()}
         if self._watched or self.device.type != "cuda":
             self._under_way[number] = (work.is_completed, name)
 

@@ -6,13 +6,6 @@ __all__ = ["DECODE_BUGS"]
 
 DECODE_BUGS = (
     Bug(
-        name="a ticket that is not set back, so the next replay of a graph merges nothing",
-        file="kernels/decode.py",
-        old="        tl.store(tickets + place, 0)\n",
-        new="",
-        tests="tests/test_decode_attention.py -k 'same_mark'",
-    ),
-    Bug(
         name="lengths that all batch rows have from the first",
         file="kernels/decode.py",
         old="tl.load(lengths + batch * stride_length)",
@@ -24,7 +17,7 @@ DECODE_BUGS = (
         file="kernels/decode.py",
         old="merge_parts(partials, lses, live, ROWS",
         new="merge_parts(partials, lses, splits, ROWS",
-        tests="tests/test_decode_attention.py -k 'held_before or same_mark'",
+        tests="tests/test_decode_attention.py -k held_before",
     ),
     Bug(
         name="a part whose LSE is −inf multiplied by 0, NaN or not",

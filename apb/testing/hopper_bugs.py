@@ -20,6 +20,13 @@ HOPPER_BUGS = (
         tests="tests/test_hopper_kernel.py -k any_lengths",
     ),
     Bug(
+        name="the Hopper kernel reads sums that the tensor cores still add to",
+        file="kernels/hopper_kernel.py",
+        old="acc = warpgroup_mma_wait(0, deps=(acc,))\n    work.v.release",
+        new="acc = warpgroup_mma_wait(1, deps=(acc,))\n    work.v.release",
+        tests="tests/test_hopper_kernel.py -k fit_the_tiles",
+    ),
+    Bug(
         name="the Hopper kernel does not rescale what it has summed",
         file="kernels/hopper_kernel.py",
         old="return acc * gl.convert_layout(decay, gl.SliceLayout(1, LAYOUT_O))[:, None], weights",

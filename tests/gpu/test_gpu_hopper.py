@@ -6,7 +6,7 @@ from attention_cases import assert_attention, draw_inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apb.attend import choose_backend, masked_attention
+from apb.attend import masked_attention
 from apb.kernels import hopper
 from apb.kernels.hopper import Tiles
 from apb.reference import apb_mask
@@ -81,14 +81,19 @@ def test_every_row_is_written_and_runs_agree():
     assert all(torch.equal(x, y) for run in runs for x, y in zip(run, runs[0], strict=True))
 
 
-def test_auto_takes_it_where_it_applies():
-    make = torch.zeros
-    assert choose_backend(make(1, 1, 1, 128, device="cuda", dtype=torch.bfloat16)) == "hopper"
-    assert choose_backend(make(1, 1, 1, 96, device="cuda", dtype=torch.bfloat16)) == "triton"
-    assert choose_backend(make(1, 1, 1, 128, device="cuda")) == "triton"
-    with pytest.raises(ValueError, match="head dims 64 and 128, got 96"):
-        q = make(1, 1, 1, 96, device="cuda", dtype=torch.bfloat16)
-        masked_attention(q, q, q, anchor_tokens=0, passing_tokens=0, backend="hopper")
+def test_what_it_does_not_take():
+    for dim, dtype, says in ((96, torch.bfloat16, "head dims 64 and 128, got 96"), (64, torch.float32, "float16 and")):
+        q = torch.zeros(1, 1, 1, dim, device="cuda", dtype=dtype)
+        with pytest.raises(ValueError, match=says):
+            masked_attention(q, q, q, anchor_tokens=0, passing_tokens=0, backend="hopper")
+
+
+def test_tensors_that_tma_cannot_read_are_copied():
+    """Contiguous ones too: at an odd address, or with an odd stride of a dimension of size 1."""
+    store = torch.randn(3, 8 * 300 * 64 + 4, device="cuda").half()
+    shape, strides = (1, 8, 300, 64), (7, 300 * 64, 64, 1)
+    for offset in (0, 4):
+        attend(*(x[offset:].as_strided(shape, strides) for x in store), 100, 0)
 
 
 def test_operator_graph_and_compilation():
@@ -97,7 +102,7 @@ def test_operator_graph_and_compilation():
     torch.library.opcheck(torch.ops.apb.hopper_flash.default, (q, k, v, 40, 130, 0.125))
 
     def layer(q, k, v, anchor, passing):
-        return masked_attention(2 * q, k, v, anchor_tokens=anchor, passing_tokens=passing)
+        return masked_attention(2 * q, k, v, anchor_tokens=anchor, passing_tokens=passing, backend="hopper")
 
     compiled = torch.compile(layer, fullgraph=True, dynamic=True)
     for anchor, passing, block in [(10, 20, 40), (33, 64, 70), (100, 1, 200)]:
