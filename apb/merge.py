@@ -5,6 +5,7 @@ and commutative, with (0, −inf) as its identity, so any partition of the keys 
 section 3.6).
 """
 
+import os
 from importlib.util import find_spec
 from typing import Literal
 
@@ -52,6 +53,8 @@ def merge(
         raise ValueError(f"backend must be auto, torch or triton, got {backend!r}")
     if backend == "triton" and not _TRITON_INSTALLED:
         raise ValueError("backend 'triton' needs Triton, which runs on Linux only; use backend='torch'")
+    if backend == "triton" and not outs.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(f"backend 'triton' needs CUDA tensors, got {outs.device}; use backend='torch'")
     wants_gradient = torch.is_grad_enabled() and (outs.requires_grad or lses.requires_grad)
     if backend == "triton" and wants_gradient:
         raise RuntimeError(

@@ -163,7 +163,7 @@ def test_traced_whole_it_gives_the_same():
 def test_few_rows_of_a_cache_have_no_gradient_and_many_have(monkeypatch):
     monkeypatch.setattr("apb.attend._FEW_ROWS", 16)
     q, k, v = (x.requires_grad_() for x in draw_inputs(9, (1, 1, 1), 60, 70, 16, torch.float32))
-    with pytest.raises(RuntimeError, match=r"'triton' has no backward pass: .* differentiable: reference$"):
+    with pytest.raises(RuntimeError, match=r"'triton' has no backward pass here: .* 'reference'"):
         decode_attention(q[:, :, :5], k, v, causal=True, backend="triton")
     out, lse = decode_attention(q, k, v, causal=True, backend="triton")
     grads = draw_grads(9, q)
@@ -190,7 +190,7 @@ def test_an_empty_cache_keeps_the_graph(backend, lengths, monkeypatch):
     for x in (q, k, v):
         x.requires_grad_()
     if backend == "triton" and lengths is not None:
-        with pytest.raises(RuntimeError, match="'triton' has no backward pass"):
+        with pytest.raises(RuntimeError, match=r"'triton' has no backward pass"):
             attend(q, k, v)
         return
     out, lse = attend(q, k, v)

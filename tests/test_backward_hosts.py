@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from apb.attend import masked_attention
 from apb.compress import KeyNorm
 from apb.context import Context
-from apb.methods import APB
+from apb.methods import APB, APE, Ring, Star, Ulysses
 from apb.parallel import run_processes, run_simulated, run_threads
 from apb.parallel.gradient import all_gather
 from apb.parallel.passing import PassingBlocks
@@ -185,3 +185,27 @@ def test_without_a_gradient_nothing_changes():
         return out.requires_grad, dict(host.counters.messages)
 
     assert run_threads(3, body) == [(False, {"passing": 1})] * 3
+
+
+@pytest.mark.parametrize("method", [Ring(), Ring(layout="zigzag"), Ulysses()])
+def test_methods_whose_exchanges_have_no_gradient_say_so(method):
+    plan = method.plan(tokens=12, hosts=2)
+
+    def body(host):
+        rows = [document_rows(plan, host.rank, x).requires_grad_() for x in draw_document(12)[:3]]
+        method.attend(*rows, Context(plan, host))
+
+    with pytest.raises(RuntimeError, match=r"has no backward pass here: .*, no backend has one here"):
+        run_threads(2, body)
+
+
+@pytest.mark.parametrize("method", [Star(), APE()])
+def test_decoding_over_hosts_has_no_gradient_and_says_so(method):
+    plan = method.plan(tokens=12, hosts=2)
+
+    def body(host):
+        q, k, v = (x.requires_grad_() for x in draw_document(12)[:3])
+        method.decode(q[:, :, :1], k[:, :, :6], v[:, :, :6], Context(plan, host))
+
+    with pytest.raises(RuntimeError, match="all hosts' caches has no gradient"):
+        run_threads(2, body)

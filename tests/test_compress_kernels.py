@@ -200,6 +200,11 @@ def test_errors():
         ValueError, match=r"takes float16, bfloat16 and float32, got torch.float64; use backend='torch'"
     ):
         pool_and_select(scores.double(), 3, no_pool, backend="triton")
+    with pytest.raises(ValueError, match=r"floats \[batch, heads, tokens\], got torch.float32 \[5\]"):
+        pool_and_select(scores[0, 0, :5], 3, no_pool)
+    with pytest.raises(ValueError, match=r"keep: expected 0 to .* got 2.5"):
+        pool_and_select(scores, 2.5, no_pool)
+    assert pool_and_select(scores[..., :0], 0, MaxPool())[0].shape == (*scores.shape[:2], 0)
     with pytest.raises(ValueError, match="has no backward pass"):
         pool_and_select(scores.clone().requires_grad_(), 3, no_pool, backend="triton")
     with pytest.raises(ValueError, match="bfloat16 wrongly under TRITON_INTERPRET=1"):

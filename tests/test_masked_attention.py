@@ -86,8 +86,9 @@ GOOD = {"anchor_tokens": 2, "passing_tokens": 3}
         ({"v": torch.zeros(1, 2, 8, 16)}, r"v \[1, 2, 8, 16\]"),
         ({"k": torch.zeros(2, 2, 9, 16)}, r"k and v must be \[batch 1"),
         ({"q": torch.zeros(1, 3, 6, 16)}, "q's 3 heads must be a multiple of the 2 heads"),
-        ({"anchor_tokens": -1}, "anchor_tokens must be ≥ 0, got -1"),
-        ({"passing_tokens": -1}, "passing_tokens must be ≥ 0, got -1"),
+        ({"anchor_tokens": -1}, "anchor_tokens must be an integer ≥ 0, got -1"),
+        ({"passing_tokens": -1}, "passing_tokens must be an integer ≥ 0, got -1"),
+        ({"anchor_tokens": 1.5}, "anchor_tokens must be an integer ≥ 0, got 1.5"),
         ({"anchor_tokens": 7}, "7 [+] 3 exceeds the 9 keys"),
         ({"passing_tokens": 5}, "q has 6 rows, but anchor and block hold only 4 tokens"),
         ({"scale": 0.0}, "scale must be a positive number, got 0.0"),
@@ -115,7 +116,9 @@ def test_dtype_not_taken():
 
 def test_a_lost_gradient_is_an_error():
     x = torch.zeros(1, 1, 5, 16, requires_grad=True)
-    with pytest.raises(RuntimeError, match=r"no backward pass: run under torch.no_grad"):
-        masked_attention(x, x, x, anchor_tokens=0, passing_tokens=0, backend="sdpa")
+    for backend in ("sdpa", "flex"):
+        with pytest.raises(RuntimeError, match=rf"{backend}.* no backward pass here: .* take backend='auto'"):
+            masked_attention(x, x, x, anchor_tokens=0, passing_tokens=0, backend=backend)
+    assert masked_attention(x, x, x, anchor_tokens=0, passing_tokens=0)[0].requires_grad
     with torch.no_grad():
-        masked_attention(x, x, x, anchor_tokens=0, passing_tokens=0)
+        masked_attention(x, x, x, anchor_tokens=0, passing_tokens=0, backend="sdpa")

@@ -176,3 +176,9 @@ def test_errors():
         merge(outs, lses, backend="sdpa")
     with pytest.raises(ValueError, match="must agree in shape"):
         merge_pair(outs[0], lses[0], outs[0, :, :1], lses[0, :, :1])
+
+
+def test_triton_without_a_gpu_is_refused(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="'triton' needs CUDA tensors, got cpu; use backend='torch'"):
+        merge(torch.zeros(2, 1, 1, 1, 16), torch.zeros(2, 1, 1, 1), backend="triton")

@@ -72,8 +72,8 @@ def masked_attention(
     legal = ("reference", "sdpa", "flex", "triton", "hopper")
     backend, scale = check_inputs(q, k, v, scale, backend, legal, differentiable=DIFFERENTIABLE)
     for name, count in (("anchor_tokens", anchor_tokens), ("passing_tokens", passing_tokens)):
-        if count < 0:
-            raise ValueError(f"{name} must be ≥ 0, got {count}")
+        if isinstance(count, bool) or not isinstance(count, int | torch.SymInt) or count < 0:
+            raise ValueError(f"{name} must be an integer ≥ 0, got {count!r}")
     rows, columns = q.shape[2], k.shape[2]
     if anchor_tokens + passing_tokens > columns:
         raise ValueError(
@@ -132,9 +132,10 @@ def decode_attention(
         k: keys of this host's cache, zero or more; q_heads is a multiple of kv_heads.
         v: values, as k.
         causal: False: every row sees every key. True: of n rows and m keys, row i sees keys 0 .. m − n + i.
-        lengths: how many keys of each batch row count, int32, 0 .. columns, on q's device; None is all of them. What
-            lies behind them is not read, so k and v may be buffers that a cache grows into, and with "triton" a CUDA
-            graph may be replayed as it grows. The other backends wait for the device to tell them.
+        lengths: how many keys of each batch row count, int32, on q's device (less than 0 is 0, more than there are is
+            all); None is all of them. What lies behind them is not read, so k and v may be buffers that a cache grows
+            into, and with "triton" a CUDA graph may be replayed as it grows. The other backends wait for the device to
+            tell them.
         scale: multiplies the scores, > 0; 1/√dim if None.
         backend: "reference", "sdpa", "triton", or "hopper" for more than 256 rows; `choose_backend` says what "auto"
             takes.
@@ -161,7 +162,7 @@ def decode_attention(
     if lengths is not None and (lengths.dtype, lengths.device, lengths.shape) != (torch.int32, q.device, q.shape[:1]):
         raise ValueError(
             f"lengths must be int32 [batch {q.shape[0]}] on {q.device}, got {lengths.dtype} {list(lengths.shape)} "
-            f"on {lengths.device}"
+            f"on {lengths.device}; convert with lengths.to(q.device, torch.int32)"
         )
     if q.numel() == 0 or k.shape[2] == 0:
         if not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):

@@ -27,7 +27,10 @@ _DTYPES = {
 
 
 def choose_backend(q: Float[Tensor, "batch q_heads rows dim"]) -> Backend:
-    """Name the backend that "auto" takes: triton on CUDA, sdpa elsewhere, reference in float64."""
+    """Name the backend that "auto" takes: triton on CUDA, sdpa elsewhere, reference in float64.
+
+    Where a gradient is wanted and that one has none, "auto" takes reference.
+    """
     if q.dtype == torch.float64:
         return "reference"
     return "triton" if q.is_cuda and _TRITON_INSTALLED else "sdpa"
@@ -45,7 +48,8 @@ def check_inputs(
 ) -> tuple[Backend, float]:
     """Raise if the arguments do not fit each other or the backend; return the backend and scale to use.
 
-    `differentiable` are the backends that have a backward pass here.
+    `differentiable` are the backends that have a backward pass here; "auto" takes reference, if it is one of them,
+    where a gradient is wanted and the backend it would take has none.
     """
     if backend != "auto" and backend not in legal:
         raise ValueError(f"backend must be one of auto, {', '.join(legal)}; got {backend!r}")
@@ -70,17 +74,19 @@ def check_inputs(
     if not 16 <= dim <= 256:
         raise ValueError(f"the head dim must be 16..256, got {dim} (q {list(q.shape)})")
     chosen = choose_backend(q) if backend == "auto" else backend
+    wants_gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if backend == "auto" and wants_gradient and chosen not in differentiable and "reference" in differentiable:
+        chosen = "reference"
     if backend == "hopper" and (why := _hopper_refusal(q)):
         raise ValueError(f"backend 'hopper' {why}; use backend='auto'")
     if q.dtype not in _DTYPES[chosen]:
         raise ValueError(f"backend {chosen!r} takes {', '.join(map(str, _DTYPES[chosen]))}; got {q.dtype}")
     if chosen == "sdpa" and q.is_cuda and dim % 8:
         raise ValueError(f"backend 'sdpa' on CUDA needs a head dim divisible by 8, got {dim}; use 'triton'")
-    wants_gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if wants_gradient and chosen not in differentiable:
+    if wants_gradient and (chosen not in differentiable or (chosen == "flex" and not q.is_cuda)):
+        others = "or take backend='auto' or 'reference'" if differentiable else "no backend has one here"
         raise RuntimeError(
-            f"backend {chosen!r} has no backward pass: run under torch.no_grad() or torch.inference_mode(), "
-            f"or take a backend that is differentiable: {', '.join(b for b in differentiable if b in legal)}"
+            f"backend {chosen!r} has no backward pass here: run under torch.no_grad() or inference_mode(), {others}"
         )
     if chosen == "triton":
         _check_triton(q)

@@ -41,7 +41,7 @@ def run(quick: bool = False, out: Path | None = None) -> list[Row]:
         RuntimeError: if there is no CUDA device.
     """
     if not torch.cuda.is_available():
-        raise RuntimeError("apb bench sparse needs a CUDA device: these kernels mean nothing on a CPU")
+        raise RuntimeError("sparse_attention: needs a CUDA device; these kernels' times mean nothing on a CPU")
     env, rows = environment(), []
 
     def note(case: str, backend: str, ms: float, pairs: float, notes: str = "") -> None:

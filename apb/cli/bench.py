@@ -31,6 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print the table, extend the ledger, draw the picture."""
+    if arguments.out is not None and (arguments.out.is_dir() or not arguments.out.parent.is_dir()):
+        raise ValueError(f"--out: expected a CSV file in a folder that exists, got {arguments.out}")
     if arguments.plot is not None:
         check_picture(arguments.plot)
         if arguments.out is None:

@@ -32,6 +32,7 @@ def _findings() -> dict[str, str]:
         "attention, reference and sdpa": "any CPU or GPU",
         "attention, flex": "compiled on the GPU" if gpus else "runs uncompiled, slowly, without a CUDA device",
         "attention, triton": _triton(),
+        "attention, hopper": _hopper(),
         "hosts as threads, simulated hosts": "in this process",
         "hosts as processes, gloo": "any number of CPU processes"
         if torch.distributed.is_available() and torch.distributed.is_gloo_available()
@@ -52,6 +53,12 @@ def _triton() -> str:
     if os.environ.get("TRITON_INTERPRET") == "1":
         return "under the interpreter (float32 and float16), for learning and testing"
     return "no: no CUDA device; TRITON_INTERPRET=1 in the environment runs the kernels under the interpreter"
+
+
+def _hopper() -> str:
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        return "no: no Hopper GPU (compute capability 9.0)"
+    return _triton()
 
 
 def _nccl(gpus: int) -> str:

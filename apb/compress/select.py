@@ -48,7 +48,11 @@ def pool_and_select(
     Raises:
         ValueError: `keep` out of range, or a backend that cannot run here.
     """
+    if scores.ndim != 3 or not scores.is_floating_point():
+        raise ValueError(f"scores: expected floats [batch, heads, tokens], got {scores.dtype} {list(scores.shape)}")
     _check_keep(scores, keep)
+    if scores.numel() == 0:
+        return scores.new_zeros((*scores.shape[:2], keep), dtype=torch.int64), scores.isnan().any(dim=-1)
     chosen = choose_backend(backend, scores)
     if chosen == "triton" and scores.shape[-1] > _MOST_TOKENS:
         if backend == "triton":
@@ -56,7 +60,7 @@ def pool_and_select(
                 f"backend 'triton' takes up to {_MOST_TOKENS} tokens, got {scores.shape[-1]}; use backend='torch'"
             )
         chosen = "torch"
-    if chosen == "torch" or keep == 0 or scores.numel() == 0:
+    if chosen == "torch" or keep == 0:
         return select(pool(scores.float()), keep), scores.isnan().any(dim=-1)
     from apb.kernels.select import select_kept
 
@@ -103,5 +107,5 @@ def gather(
 
 
 def _check_keep(scores: Tensor, keep: int) -> None:
-    if not 0 <= keep <= scores.shape[-1]:
+    if isinstance(keep, bool) or not isinstance(keep, int) or not 0 <= keep <= scores.shape[-1]:
         raise ValueError(f"keep: expected 0 to {scores.shape[-1]}, the number of scores, got {keep}")

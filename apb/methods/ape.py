@@ -18,6 +18,7 @@ from apb.attend import decode_attention
 from apb.context import Context
 from apb.merge import merge, merge_pair
 from apb.methods.method import Method, check_count
+from apb.parallel.decode import refuse_gradient
 from apb.plan import ContextPlan, plan_context
 
 __all__ = ["APE"]
@@ -82,6 +83,7 @@ class APE(Method):
         # The other keys stand behind the owner's chunk; elsewhere there are none, and this part is (0, −inf).
         owns = host.rank == context.plan.owner
         parts += decode_attention(q, k[:, :, chunk:], v[:, :, chunk:], causal=owns, scale=plain, backend=backend)
+        refuse_gradient(parts[0])
         message = torch.cat([x.float() if x.ndim == 4 else x[..., None] for x in parts], dim=-1)
         gathered = torch.stack(host.all_gather(message, what="merge").wait())
         out, lse, other_out, other_lse = gathered.split((q.shape[-1], 1) * 2, dim=-1)

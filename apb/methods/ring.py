@@ -11,6 +11,7 @@ from typing import ClassVar, get_args
 import torch
 from torch import Tensor
 
+from apb.attend import Backend
 from apb.context import Context
 from apb.costs import HostCost, ModelShape, host_cost
 from apb.merge import merge_pair
@@ -29,6 +30,7 @@ class Ring(Method):
     """
 
     exact: ClassVar[bool] = True
+    differentiable: ClassVar[tuple[Backend, ...]] = ()  # what is exchanged has no gradient
     layout: Layout = "contiguous"
 
     def __post_init__(self) -> None:

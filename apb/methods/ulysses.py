@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from apb.attend import Backend
 from apb.context import Context
 from apb.costs import HostCost, ModelShape, host_cost
 from apb.methods.method import Method
@@ -68,6 +69,7 @@ class Ulysses(Method):
     """Exact attention on contiguous blocks; each host attends with its share of the heads over the whole document."""
 
     exact: ClassVar[bool] = True
+    differentiable: ClassVar[tuple[Backend, ...]] = ()  # what is exchanged has no gradient
 
     def plan(self, *, tokens: int, hosts: int, query: int = 0, query_offset: int = 0) -> ContextPlan:
         """Cut one block a host; arguments and errors as `Method.plan`."""

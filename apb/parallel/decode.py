@@ -9,7 +9,7 @@ from apb.attend import Backend, decode_attention
 from apb.merge import merge
 from apb.parallel.host import Handle, Host
 
-__all__ = ["start_attend_over_hosts"]
+__all__ = ["refuse_gradient", "start_attend_over_hosts"]
 
 
 def start_attend_over_hosts(
@@ -38,11 +38,7 @@ def start_attend_over_hosts(
     out, lse = decode_attention(q, k, v, causal=host.rank == owner, scale=scale, backend=backend)
     if host.world_size == 1:
         return Handle(lambda: out)
-    if torch.is_grad_enabled() and out.requires_grad:
-        raise RuntimeError(
-            "attention over all hosts' caches has no gradient: run under torch.no_grad(), or, where it is the question "
-            "that runs along with the prefill, plan with query_in='anchor' or 'after'"
-        )
+    refuse_gradient(out)
     gather = host.all_gather(torch.cat((out.float(), lse[..., None]), dim=-1), what="merge")
 
     def finish() -> Tensor:
@@ -51,3 +47,12 @@ def start_attend_over_hosts(
         return merged.to(q.dtype)
 
     return Handle(finish)
+
+
+def refuse_gradient(x: Tensor) -> None:
+    """Raise if x wants a gradient, which the merge over hosts would lose."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise RuntimeError(
+            "attention over all hosts' caches has no gradient: run under torch.no_grad(), or, where it is the question "
+            "that runs along with the prefill, plan with query_in='anchor' or 'after'"
+        )

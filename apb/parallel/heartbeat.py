@@ -139,7 +139,8 @@ class Heartbeat:
             for rank, peer in self._others.items()
             if peer.number < number
         ]
-        return "; ".join(late) or "every host has arrived, and the collective still does not complete"
+        there = ", ".join(f"rank {rank} is in {peer.where}" for rank, peer in self._others.items())
+        return "; ".join(late) or f"every host has arrived ({there}), and the collective still does not complete"
 
     def await_cause(self, number: int) -> str:
         """Return why collective `number` broke; wait until a dead host has been silent long enough to name it."""
