@@ -222,9 +222,8 @@ class Session:
         if self._prefilling:
             found = {name: self._projections.pop((layer, name)) for name in "qkv" if (layer, name) in self._projections}
             projections = Projections(**found) if found else None
-            out = self.method.attend(
-                q, k, v, Context(self.plan, self.host, layer, scale, projections, self.trace, self._watch)
-            )
+            context = Context(self.plan, self.host, layer, scale, projections, self.trace, watch=self._watch)
+            out = self.method.attend(q, k, v, context)
             query = slice(share.rows - share.query_rows, share.rows)
             kept = [*share.held_spans, query] if owns else share.held_spans
             for rows in kept:
