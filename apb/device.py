@@ -1,9 +1,14 @@
-"""Choose where to run and in which precision, from what a user has said."""
+"""Choose where to run and in which precision, from what a user has said; say whether Triton's kernels run there."""
+
+from importlib.util import find_spec
 
 import torch
+from torch import Tensor
 
-__all__ = ["DTYPES", "pick_device", "pick_dtype"]
+__all__ = ["DTYPES", "TRITON_INSTALLED", "pick_device", "pick_dtype", "why_not_triton"]
 
+TRITON_INSTALLED = find_spec("triton") is not None
+"""Triton has no wheels outside Linux."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -37,3 +42,17 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in DTYPES:
         raise ValueError(f"dtype: expected auto, {', '.join(DTYPES)}, got {name!r}")
     return DTYPES[name]
+
+
+def why_not_triton(*tensors: Tensor) -> str | None:
+    """Say why Triton can neither compile nor interpret kernels for these tensors here, or None if it can."""
+    if not TRITON_INSTALLED:
+        return "needs Triton, which runs on Linux only"
+    if all(x.is_cuda for x in tensors):
+        return None
+    from triton import knobs
+
+    if not knobs.runtime.interpret:
+        return f"needs CUDA tensors, got {', '.join(sorted({str(x.device) for x in tensors}))}"
+    bfloat16 = any(x.dtype == torch.bfloat16 for x in tensors)
+    return "computes bfloat16 wrongly under TRITON_INTERPRET=1" if bfloat16 else None

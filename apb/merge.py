@@ -5,19 +5,17 @@ and commutative, with (0, −inf) as its identity, so any partition of the keys 
 section 3.6).
 """
 
-import os
-from importlib.util import find_spec
 from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from apb.device import TRITON_INSTALLED, why_not_triton
+
 __all__ = ["MergeBackend", "merge", "merge_pair"]
 
 MergeBackend = Literal["auto", "torch", "triton"]
-
-_TRITON_INSTALLED = find_spec("triton") is not None  # it has no wheels outside Linux
 
 
 def merge(
@@ -51,17 +49,15 @@ def merge(
         )
     if backend not in ("auto", "torch", "triton"):
         raise ValueError(f"backend must be auto, torch or triton, got {backend!r}")
-    if backend == "triton" and not _TRITON_INSTALLED:
-        raise ValueError("backend 'triton' needs Triton, which runs on Linux only; use backend='torch'")
-    if backend == "triton" and not outs.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(f"backend 'triton' needs CUDA tensors, got {outs.device}; use backend='torch'")
+    if backend == "triton" and (why := why_not_triton(outs, lses)):
+        raise ValueError(f"backend 'triton' {why}; use backend='torch'")
     wants_gradient = torch.is_grad_enabled() and (outs.requires_grad or lses.requires_grad)
     if backend == "triton" and wants_gradient:
         raise RuntimeError(
             "backend 'triton' has no backward pass: run under torch.no_grad() or torch.inference_mode(), "
             "or use backend='torch'"
         )
-    if backend == "triton" or (backend == "auto" and outs.is_cuda and _TRITON_INSTALLED and not wants_gradient):
+    if backend == "triton" or (backend == "auto" and outs.is_cuda and TRITON_INSTALLED and not wants_gradient):
         from apb.kernels.merge import merge_partials
 
         return merge_partials(outs, lses)

@@ -182,3 +182,9 @@ def test_triton_without_a_gpu_is_refused(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="'triton' needs CUDA tensors, got cpu; use backend='torch'"):
         merge(torch.zeros(2, 1, 1, 1, 16), torch.zeros(2, 1, 1, 1), backend="triton")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+def test_bfloat16_under_the_interpreter_is_refused():
+    with pytest.raises(ValueError, match="computes bfloat16 wrongly under TRITON_INTERPRET=1; use backend='torch'"):
+        merge(torch.zeros(2, 1, 1, 1, 16).bfloat16(), torch.zeros(2, 1, 1, 1), backend="triton")

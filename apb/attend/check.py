@@ -2,12 +2,13 @@
 
 import math
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from apb.device import TRITON_INSTALLED
 
 __all__ = ["DIFFERENTIABLE", "Backend", "check_inputs", "choose_backend"]
 
@@ -16,7 +17,6 @@ Backend = Literal["auto", "reference", "sdpa", "flex", "triton", "hopper"]
 DIFFERENTIABLE: tuple[Backend, ...] = ("reference", "flex", "triton", "hopper")
 """Backends of `masked_attention` that have a backward pass."""
 
-_TRITON_INSTALLED = find_spec("triton") is not None  # it has no wheels outside Linux
 _DTYPES = {
     "reference": (torch.float16, torch.bfloat16, torch.float32, torch.float64),
     "sdpa": (torch.float16, torch.bfloat16, torch.float32),
@@ -33,7 +33,7 @@ def choose_backend(q: Float[Tensor, "batch q_heads rows dim"]) -> Backend:
     """
     if q.dtype == torch.float64:
         return "reference"
-    return "triton" if q.is_cuda and _TRITON_INSTALLED else "sdpa"
+    return "triton" if q.is_cuda and TRITON_INSTALLED else "sdpa"
 
 
 def check_inputs(
@@ -108,7 +108,7 @@ def _hopper_refusal(q: Tensor) -> str | None:
 
 def _check_triton(q: Tensor) -> None:
     """Raise if Triton cannot compile, or interpret, kernels for q's device and dtype."""
-    if not _TRITON_INSTALLED:
+    if not TRITON_INSTALLED:
         raise RuntimeError("backend 'triton' needs Triton, which runs on Linux only; use backend='sdpa'")
     if q.is_cuda:
         return

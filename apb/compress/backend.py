@@ -1,16 +1,15 @@
 """Who computes a step of the compression. The name of a step fixes what it means; this fixes only who does it."""
 
-from importlib.util import find_spec
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from apb.device import why_not_triton
+
 __all__ = ["CompressBackend", "choose_backend"]
 
 CompressBackend = Literal["auto", "torch", "triton"]
-
-_TRITON_INSTALLED = find_spec("triton") is not None  # it has no wheels outside Linux
 
 
 def choose_backend(backend: CompressBackend, *tensors: Tensor) -> Literal["torch", "triton"]:
@@ -30,17 +29,9 @@ def choose_backend(backend: CompressBackend, *tensors: Tensor) -> Literal["torch
 
 
 def _why_not_triton(tensors: tuple[Tensor, ...]) -> str | None:
-    if not _TRITON_INSTALLED:
-        return "needs Triton, which runs on Linux only"
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return "has no backward pass, and an input requires a gradient"
     dtypes = {x.dtype for x in tensors}
     if not dtypes <= {torch.float16, torch.bfloat16, torch.float32}:
         return f"takes float16, bfloat16 and float32, got {', '.join(map(str, dtypes))}"
-    if all(x.is_cuda for x in tensors):
-        return None
-    from triton import knobs
-
-    if not knobs.runtime.interpret:
-        return f"needs CUDA tensors, got {', '.join({str(x.device) for x in tensors})}"
-    return "computes bfloat16 wrongly under TRITON_INTERPRET=1" if torch.bfloat16 in dtypes else None
+    return why_not_triton(*tensors)

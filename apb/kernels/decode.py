@@ -162,12 +162,11 @@ def choose_tiles(dtype: torch.dtype, dim: int, packed_rows: int) -> Tiles:
     return Tiles(block_m, block_n, warps, stages, 1 if packed_rows <= block_m else 2)
 
 
-def choose_splits(programs: int, columns: int, block_n: int, slots: int) -> tuple[int, int]:
-    """Return (splits, keys of each): at most `slots` programs in all, each at least four blocks long."""
+def choose_splits(programs: int, columns: int, block_n: int, slots: int) -> int:
+    """Split the keys so that there are at most `slots` programs in all, each at least four blocks long."""
     blocks = triton.cdiv(columns, block_n)
     wanted = max(1, min(slots // programs, blocks // 4))
-    split_blocks = triton.cdiv(blocks, wanted)
-    return triton.cdiv(blocks, split_blocks), split_blocks * block_n
+    return triton.cdiv(blocks, triton.cdiv(blocks, wanted))
 
 
 def split_shape(packed_rows: int, block_m: int, block_d: int) -> tuple[int, int, int]:
@@ -212,7 +211,7 @@ def _split_kv_decode(
     tiles = choose_tiles(q.dtype, q.shape[-1], packed_rows)
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 4
     programs = q.shape[0] * k.shape[1] * triton.cdiv(packed_rows, tiles.block_m)
-    splits, _ = choose_splits(programs, k.shape[2], tiles.block_n, tiles.per_processor * processors)
+    splits = choose_splits(programs, k.shape[2], tiles.block_n, tiles.per_processor * processors)
     return launch(q, k, v, causal, scale, splits, tiles, lengths)
 
 
