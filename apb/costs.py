@@ -61,14 +61,15 @@ class HostCost:
 def attention_pairs(plan: ContextPlan, rank: int) -> int:
     """Count the query–key pairs that host `rank` scores for each query head.
 
-    Anchor a(a+1)/2; each block b(a + p) + b(b+1)/2; a running query sees the host's blocks, and on the owner itself.
+    Anchor a(a+1)/2, or this host's spans of it; each block b(a + p) + b(b+1)/2; a running query sees what the host
+    keeps, and on the owner itself.
     """
     host = plan.host(rank)
-    pairs = host.anchor_rows * (host.anchor_rows + 1) // 2
+    pairs = sum((stop * (stop + 1) - start * (start + 1)) // 2 for start, stop in host.anchor_spans)
     for block in host.blocks:
         seen = (plan.anchor_rows if block.sees_anchor else 0) + block.passing_tokens
         pairs += block.tokens * seen + block.tokens * (block.tokens + 1) // 2
-    pairs += host.query_rows * host.block_rows
+    pairs += host.query_rows * host.held_rows
     if rank == plan.owner:
         pairs += host.query_rows * (host.query_rows + 1) // 2
     return pairs

@@ -1,8 +1,8 @@
 """The context splitter: who holds which tokens, at which positions, and what travels.
 
-A `ContextPlan` is frozen data made of integers. It knows the document's length, not its tokens, and everything else
-in this package follows from it: the rows each host runs, their RoPE positions, how many tokens each block passes,
-how many query–key pairs it scores. Its only verbs on tensors are `split`, `join` and `host_rows`.
+A `ContextPlan` is frozen data made of integers. It knows the document's length, not its tokens, and everything else in
+this package follows from it: each host's rows, their RoPE positions, what travels, how many query–key pairs are scored.
+Its only verbs on tensors are `split`, `join` and `host_rows`.
 
 | here | in the paper |
 | --- | --- |
@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from apb.blocks import Block, HostPlan, cut_blocks
+from apb.blocks import Block, HostPlan, cut_blocks, share_out
 
 __all__ = ["Block", "ContextPlan", "HostPlan", "Layout", "QueryIn", "plan_context"]
 
@@ -44,6 +44,8 @@ class ContextPlan:
     layout: Layout
     shared_prefix: bool
     reuse_positions: bool
+    split_anchor: bool
+    split_anchor_cache: bool
 
     @property
     def blocks_per_host(self) -> int:
@@ -53,7 +55,7 @@ class ContextPlan:
     @property
     def block_tokens(self) -> int:
         """l_b = ceil(n / number of blocks), a shared prefix apart; the last blocks may be shorter, or empty."""
-        cut = self.tokens - (self.anchor if self.shared_prefix else 0)
+        cut = self.tokens - self.anchor * self.shared_prefix
         return -(-cut // (self.hosts * self.blocks_per_host))
 
     @property
@@ -77,21 +79,15 @@ class ContextPlan:
     @cached_property
     def host_plans(self) -> tuple[HostPlan, ...]:
         """Every host's share, in rank order."""
-        plans = []
-        for rank in range(self.hosts):
-            blocks = tuple(block for block in self.blocks if block.rank == rank)
-            keeps = self.shared_prefix and rank == self.owner
-            needs = any(block.tokens if block.sees_anchor else self.anchor_on_first for block in blocks)
-            plans.append(
-                HostPlan(
-                    rank=rank,
-                    anchor_rows=self.anchor_rows if needs or keeps else 0,
-                    blocks=blocks,
-                    query_rows=self.query if self.query_in == "prefill" else 0,
-                    keeps_anchor=keeps,
-                )
-            )
-        return tuple(plans)
+        return share_out(
+            self.blocks,
+            anchor_rows=self.anchor_rows,
+            query_rows=self.query * (self.query_in == "prefill"),
+            anchor_on_first=self.anchor_on_first,
+            keep_anchor=self.shared_prefix,
+            split_anchor=self.split_anchor,
+            split_cache=self.split_anchor or self.split_anchor_cache,
+        )
 
     @property
     def owner(self) -> int:
@@ -122,9 +118,11 @@ class ContextPlan:
     def message_tokens(self, slot: int) -> int:
         """Return how many tokens of K and V each host puts into gather number `slot` (of its block number `slot`).
 
-        An all-gather wants equal shares, so it is the largest kept count of that slot; shorter ones are padded.
+        They are what that block keeps, and in the first gather the host's share of a split anchor; as an all-gather
+        wants equal shares, all are padded to the longest.
         """
-        return max(host.blocks[slot].kept_tokens for host in self.host_plans)
+        shared = self.split_anchor and slot == 0
+        return max(host.blocks[slot].kept_tokens + host.anchor_rows * shared for host in self.host_plans)
 
     def split(self, x: Tensor, *, dim: int = -1) -> list[Tensor]:
         """Cut the document's tokens (along `dim`) into what each host holds, in rank order.
@@ -145,8 +143,7 @@ class ContextPlan:
         Raises:
             ValueError: not one part a host, or a part of another length than the plan gives that host.
         """
-        expected = [host.held_rows for host in self.host_plans]
-        lengths = [part.shape[dim] for part in parts]
+        expected, lengths = [host.held_rows for host in self.host_plans], [part.shape[dim] for part in parts]
         if lengths != expected:
             raise ValueError(f"parts: lengths {lengths} along dim {dim}, the plan's hosts hold {expected}")
         pieces: dict[tuple[int, int], Tensor] = {}
@@ -158,7 +155,9 @@ class ContextPlan:
     def host_rows(
         self, rank: int, document: Int[Tensor, "*batch tokens"], query: Int[Tensor, "*batch query"]
     ) -> Int[Tensor, "*batch rows"]:
-        """Return the token ids of host `rank`'s rows: [doc[:s], query, doc[s:l_a]], its blocks, the running query.
+        """Return the token ids of host `rank`'s rows: the anchor, its blocks, the running query.
+
+        The anchor is [doc[:s], query, doc[s:l_a]], or of a split one this host's spans.
 
         Raises:
             ValueError: `document` or `query` does not have the planned length.
@@ -170,7 +169,8 @@ class ContextPlan:
         if host.anchor_rows:
             embedded = query if self.query_in == "anchor" else query[..., :0]
             s = min(self.query_offset, self.anchor)
-            parts += [document[..., :s], embedded, document[..., s : self.anchor]]
+            anchor = torch.cat((document[..., :s], embedded, document[..., s : self.anchor]), dim=-1)
+            parts += [anchor[..., start:stop] for start, stop in host.anchor_spans]
         parts += [document[..., block.start : block.stop] for block in host.blocks]
         if host.query_rows:
             parts.append(query)
@@ -183,7 +183,7 @@ class ContextPlan:
         ends; a running query begins at `next_position`.
         """
         host = self.host(rank)
-        parts = [torch.arange(host.anchor_rows)]
+        parts = [torch.arange(start, stop) for start, stop in host.anchor_spans]
         for block in host.blocks:
             first = self.anchor_rows if self.reuse_positions else block.start
             parts.append(torch.arange(first, first + block.tokens))
@@ -200,19 +200,17 @@ class ContextPlan:
         inside = self.query_in == "prefill" or (self.query_in == "anchor" and self.anchor)
         place = f"in the {self.query_in}" if inside else "after the prefill"
         query = f"query {self.query} {place}" if self.query else "no query"
-        start = "shared prefix" if self.shared_prefix else "anchor"
-        again = ", positions reused" if self.reuse_positions else ""
+        start = "split " * self.split_anchor + ("shared prefix" if self.shared_prefix else "anchor")
+        layout = self.layout + ", positions reused" * self.reuse_positions
         lines = [
-            f"{self.tokens} tokens over {self.hosts} host{'s' * (self.hosts > 1)}, {self.layout}{again}: "
+            f"{self.tokens} tokens over {self.hosts} host{'s' * (self.hosts > 1)}, {layout}: "
             f"block {self.block_tokens}, {start} {self.anchor}, passing {self.passing}, {query}",
             "rank  block  tokens               anchor rows  receives  passes on",
         ]
         for host in self.host_plans:
             for b in host.blocks:
-                lines.append(
-                    f"{host.rank:>4}  {b.index:>5}  {f'[{b.start}, {b.stop})':<19}  {host.anchor_rows:>11}  "
-                    f"{b.passing_tokens:>8}  {b.kept_tokens:>9}"
-                )
+                held = f"{host.rank:>4}  {b.index:>5}  {f'[{b.start}, {b.stop})':<19}  {host.anchor_rows:>11}"
+                lines.append(f"{held}  {b.passing_tokens:>8}  {b.kept_tokens:>9}")
         return "\n".join(lines)
 
 
@@ -229,6 +227,8 @@ def plan_context(
     layout: Layout = "contiguous",
     shared_prefix: bool = False,
     reuse_positions: bool = False,
+    split_anchor: bool = False,
+    split_anchor_cache: bool = False,
 ) -> ContextPlan:
     """Split a document of `tokens` tokens over `hosts` hosts (APB section 3.2).
 
@@ -240,15 +240,17 @@ def plan_context(
         passing: l_p ≥ 0, the most tokens each block passes on.
         query: l_q ≥ 0, query tokens. 0 gives a query-free plan, whose caches serve any question.
         query_offset: s, document tokens before the query in the anchor, 0 ≤ s ≤ l_a; without a query there, ignored.
-        query_in: "anchor" embeds the query in the anchor (APB); "prefill" lets it run along behind every host's
-            block (Spava), so that compressors can read its vectors while the prefill is under way; "after" leaves it
-            to the caches (Star Attention, and all exact methods), which then serve any question.
-        anchor_on_first: let the host of the first block run the anchor's rows too, without attending to them; for
-            compressors that read the vectors of the query inside the anchor.
+        query_in: "anchor" embeds the query in the anchor (APB); "prefill" lets it run along behind every host's blocks,
+            for compressors to read (Spava); "after" leaves it to the caches, which then serve any question.
+        anchor_on_first: let the first block's host run the anchor's rows too, for compressors that read the vectors of
+            the query inside it.
         layout: "contiguous" gives host r block r; "zigzag" cuts 2H blocks and gives it blocks r and 2H − 1 − r.
         shared_prefix: the anchor's tokens belong to no block: the blocks split what follows them, every block sees
             them, and the owner keeps their keys (APE). Without a query among them.
         reuse_positions: every block begins at the position where the anchor ends (APE).
+        split_anchor: every host runs a share of the anchor's rows, not all of them, and the shares' keys and values
+            travel with what the first blocks keep: the same mathematics, (l_a + l_q)/H rows a host.
+        split_anchor_cache: all hosts keep shares of a shared prefix, not its owner all (Spava; so in `split_anchor`).
 
     Raises:
         ValueError: naming the argument, what came, what was expected and the way out.
@@ -271,7 +273,7 @@ def plan_context(
     plan = ContextPlan(
         tokens=tokens, hosts=hosts, anchor=anchor, passing=passing, query=query, query_offset=query_offset,
         query_in=query_in, anchor_on_first=anchor_on_first, layout=layout, shared_prefix=shared_prefix,
-        reuse_positions=reuse_positions,
+        reuse_positions=reuse_positions, split_anchor=split_anchor, split_anchor_cache=split_anchor_cache,
     )  # fmt: skip
     if shared_prefix and (anchor > tokens or plan.anchor_rows > anchor):
         raise ValueError(

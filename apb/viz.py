@@ -51,7 +51,7 @@ def check_picture(path: str | Path) -> Path:
 
 def _keys(plan: ContextPlan, block: Block) -> list[tuple[str, int]]:
     host = plan.host(block.rank)
-    anchor = host.anchor_rows if block.sees_anchor and block.tokens else 0
+    anchor = plan.anchor_rows if block.sees_anchor and block.tokens else 0
     passing = block.passing_tokens if block.tokens else 0
     return [("anchor", anchor), ("passing", passing), ("block", block.tokens), ("query", host.query_rows)]
 

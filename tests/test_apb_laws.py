@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from apb.compress import TRAINING_FREE, KeyNorm, QueryAware, Random
 from apb.context import Context, Trace
-from apb.methods import APB, Flash
+from apb.methods import APB, Flash, Spava
 from apb.parallel import run_processes, run_simulated, run_threads
 from apb.plan import plan_context
 from apb.reference import apb_mask, attention
@@ -22,25 +22,27 @@ MERGED = {"atol": 2e-6, "rtol": 0}  # partial results travel in float32
 
 
 @st.composite
-def methods_and_plans(draw, compressor=None, **limits):
-    """Draw a method as a user would set it up, and the plan that it makes."""
+def methods_and_plans(draw, compressor=None, spava=False, **limits):
+    """Draw a method as a user would set it up, and the plan that it makes; Spava too, if told."""
     arguments = draw(plan_arguments(**limits))
-    where = {name: arguments.pop(name) for name in ("anchor", "passing", "query_in", "layout")}
+    where = {name: arguments.pop(name) for name in ("anchor", "passing", "query_in", "layout", "split_anchor")}
     del arguments["anchor_on_first"]
     readable = arguments["query"] and (where["anchor"] or where["query_in"] == "prefill")
-    method = APB(compressor=compressor or (QueryAware() if readable else KeyNorm()), **where)
+    make = Spava if spava and where["query_in"] == "prefill" and draw(st.booleans()) else APB
+    method = make(compressor=compressor or (QueryAware() if readable else KeyNorm()), **where)
     return method, method.plan(**arguments)
 
 
-def also_rich(**others):
+def also_rich(spava=False, **others):
     """Try, before all drawn cases, one that has everything: uneven blocks, an anchor, a late query, tokens passed."""
 
     def decorate(test):
         for query_in in ("anchor", "prefill"):
-            for layout in ("contiguous", "zigzag"):
-                method = APB(anchor=3, passing=4, query_in=query_in, layout=layout)
-                case = method, method.plan(tokens=57, hosts=3, query=3, query_offset=2)
-                test = example(case=case, seed=1, **others)(test)
+            for layout, split in (("contiguous", False), ("zigzag", False), ("contiguous", True), ("zigzag", True)):
+                for make in (APB, Spava) if query_in == "prefill" and spava else (APB,):
+                    method = make(anchor=3, passing=4, query_in=query_in, layout=layout, split_anchor=split)
+                    case = method, method.plan(tokens=57, hosts=3, query=3, query_offset=2)
+                    test = example(case=case, seed=1, **others)(test)
         return test
 
     return decorate
@@ -56,10 +58,10 @@ def run(method, plan, streams, runner=run_threads, **options):
     """Return the document's rows in order, and the anchor's and the running query's rows by host."""
     body = lambda host: attend(host, method, plan, streams, **options)[0]  # noqa: E731
     outs = runner(plan.hosts, body)
-    shares = [plan.host(rank) for rank in range(plan.hosts)]
-    cut = [out.split([s.anchor_rows, s.block_rows, s.query_rows], dim=2) for out, s in zip(outs, shares, strict=True)]
-    anchors = [parts[0] for parts, s in zip(cut, shares, strict=True) if s.anchor_rows]
-    return plan.join([parts[1] for parts in cut], dim=2), anchors, [parts[2] for parts in cut]
+    mine = list(zip(outs, plan.host_plans, strict=True))
+    held = [torch.cat([out[:, :, span] for span in share.held_spans], dim=2) for out, share in mine]
+    anchors = [out[:, :, : share.anchor_rows] for out, share in mine]
+    return plan.join(held, dim=2), anchors, [out[:, :, share.rows - share.query_rows :] for out, share in mine]
 
 
 def causal(q, k, v):
@@ -70,23 +72,24 @@ def naive_score(method):
     return oracle.query_aware if isinstance(method.compressor, QueryAware) else oracle.key_norm
 
 
-@also_rich(heads=(4, 2))
-@given(case=methods_and_plans(), seed=SEEDS, heads=HEADS)
+@also_rich(spava=True, heads=(4, 2))
+@given(case=methods_and_plans(spava=True), seed=SEEDS, heads=HEADS)
 def test_every_stream_equals_the_naive_formula(case, seed, heads):
     method, plan = case
     streams = stream_rows(plan, seed, heads=heads, batch=2)
     truth = oracle.layer(plan, streams.anchor, streams.document, streams.query, naive_score(method))
     document, anchors, queries = run(method, plan, streams)
-    torch.testing.assert_close(document, torch.cat(truth.blocks, dim=2), **EXACT)
-    for anchor in anchors:
-        torch.testing.assert_close(anchor, truth.anchor, **EXACT)
+    blocks = [truth.anchor, *truth.blocks] if plan.shared_prefix else truth.blocks
+    torch.testing.assert_close(document, torch.cat(blocks, dim=2), **EXACT)
+    for rank, anchor in enumerate(anchors):
+        torch.testing.assert_close(anchor, truth.anchor[:, :, oracle.anchor_rows_of(plan, rank)], **EXACT)
     if plan.query_in == "prefill":
         for query in queries:
             torch.testing.assert_close(query, truth.query, **MERGED)
 
 
-@also_rich()
-@given(case=methods_and_plans(), seed=SEEDS)
+@also_rich(spava=True)
+@given(case=methods_and_plans(spava=True), seed=SEEDS)
 def test_the_trace_says_which_document_tokens_were_passed(case, seed):
     method, plan = case
     streams = stream_rows(plan, seed)
@@ -123,6 +126,26 @@ def test_master_law_a_full_budget_and_no_anchor_is_full_attention(case, seed, he
         expected = causal(q, k, v)[:, :, plan.tokens :]
         for query in queries:
             torch.testing.assert_close(query, expected, **MERGED)
+
+
+@also_rich(spava=True)
+@given(case=methods_and_plans(spava=True), seed=SEEDS)
+def test_splitting_the_anchor_changes_no_row(case, seed):
+    """Each host runs a share of the anchor or all of it: the same mathematics, whatever is compressed by what."""
+    method, plan = case
+    streams, found = stream_rows(plan, seed), []
+    for split in (False, True):
+        mine = replace(plan, split_anchor=split)
+        found.append((mine, *run(replace(method, split_anchor=split), mine, streams)))
+    (plain, document, anchors, queries), (shared, same_document, shares, same_queries) = found
+    torch.testing.assert_close(document, same_document, **EXACT)
+    torch.testing.assert_close(queries, same_queries, **EXACT)
+    whole = next((anchor for anchor in anchors if anchor.shape[2]), None)
+    assert (whole is None) == (not any(share.shape[2] for share in shares))
+    for rank, share in enumerate(shares if whole is not None else []):
+        torch.testing.assert_close(share, whole[:, :, oracle.anchor_rows_of(shared, rank)], **EXACT)
+    ran = sum(host.anchor_rows for host in plain.host_plans), sum(host.anchor_rows for host in shared.host_plans)
+    assert ran[1] == (plan.anchor_rows if ran[0] else 0)
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
@@ -236,7 +259,7 @@ def test_a_running_query_sees_the_end_of_any_block_from_its_first_row(layout, se
     assert all((query[:, ::2, 0] > 500).all() for query in queries)
 
 
-@given(case=methods_and_plans(), seed=SEEDS)
+@given(case=methods_and_plans(spava=True), seed=SEEDS)
 def test_a_second_run_and_simulated_hosts_give_the_same_bits(case, seed):
     method, plan = case
     streams = stream_rows(plan, seed)
@@ -248,9 +271,9 @@ def test_a_second_run_and_simulated_hosts_give_the_same_bits(case, seed):
 
 @pytest.mark.parametrize("hosts", [2, 4])
 @pytest.mark.parametrize("query_in", ["anchor", "prefill"])
-@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
-def test_gloo_processes_equal_threads(hosts, query_in, layout):
-    method = APB(anchor=3, passing=4, query_in=query_in, layout=layout)
+@pytest.mark.parametrize(("layout", "split"), [("contiguous", True), ("zigzag", False)])
+def test_gloo_processes_equal_threads(hosts, query_in, layout, split):
+    method = APB(anchor=3, passing=4, query_in=query_in, layout=layout, split_anchor=split)
     plan = method.plan(tokens=51, hosts=hosts, query=2, query_offset=1)
     streams = stream_rows(plan, hosts, batch=2)
     processes, threads = run(method, plan, streams, run_processes), run(method, plan, streams)
@@ -258,10 +281,11 @@ def test_gloo_processes_equal_threads(hosts, query_in, layout):
 
 
 @pytest.mark.parametrize("name", TRAINING_FREE)
-@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "spava"])
 def test_any_compressor_runs_on_any_layout(name, layout):
     """With its own kept set, the output is the masked attention over it."""
-    method = APB(anchor=2, passing=3, compressor=TRAINING_FREE[name](), layout=layout)
+    settings = {"anchor": 2, "passing": 3, "compressor": TRAINING_FREE[name]()}
+    method = Spava(**settings, split_anchor=True) if layout == "spava" else APB(**settings, layout=layout)
     plan = method.plan(tokens=37, hosts=3, query=2)
     streams = stream_rows(plan, 5, batch=2)
     kept = {}
@@ -273,7 +297,8 @@ def test_any_compressor_runs_on_any_layout(name, layout):
         return torch.zeros(k.shape[:3]).scatter(2, next(found), 1.0)
 
     truth = oracle.layer(plan, streams.anchor, streams.document, streams.query, score)
-    torch.testing.assert_close(run(method, plan, streams)[0], torch.cat(truth.blocks, dim=2), **EXACT)
+    rows = [truth.anchor, *truth.blocks] if plan.shared_prefix else truth.blocks
+    torch.testing.assert_close(run(method, plan, streams)[0], torch.cat(rows, dim=2), **EXACT)
 
 
 @given(seed=SEEDS)

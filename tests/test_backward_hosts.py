@@ -1,5 +1,7 @@
 """Gradients across hosts: every host's equal those of one process that builds all attention by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from attention_cases import draw_inputs
@@ -103,6 +105,29 @@ def test_every_kind_of_host_has_them(run, hosts):
             torch.testing.assert_close(x, y, atol=1e-10, rtol=1e-9)
 
 
+@pytest.mark.parametrize("run", [run_threads, run_processes])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_split_anchor_gets_what_all_its_copies_would(run, layout):
+    plain = APB(anchor=5, passing=4, compressor=KeyNorm(), query_in="after", layout=layout, backend="reference")
+    split, document = replace(plain, split_anchor=True), draw_document(37)
+    plans = [method.plan(tokens=37, hosts=3) for method in (plain, split)]
+    copies, shares = (
+        [grads for grads, _ in run(3, by_hosts, method, plan, document)]
+        for method, plan in zip((plain, split), plans, strict=True)
+    )
+    for i in range(3):
+        whole = torch.zeros_like(document[i][:, :, :5])
+        for grads, host in zip(copies, plans[0].host_plans, strict=True):
+            whole[:, :, : host.anchor_rows] += grads[i][:, :, : host.anchor_rows]
+        for mine, other, a, b in zip(copies, shares, plans[0].host_plans, plans[1].host_plans, strict=True):
+            blocks = mine[i][:, :, a.anchor_rows :], other[i][:, :, b.anchor_rows :]
+            torch.testing.assert_close(*blocks, atol=1e-10, rtol=1e-9)
+            for start, stop in b.anchor_spans:
+                got = other[i][:, :, b.anchor_slice(start, stop)]
+                torch.testing.assert_close(got, whole[:, :, start:stop], atol=1e-10, rtol=1e-9)
+        assert i == 0 or whole.any()
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_hosts_come_back_through_several_layers_in_one_order(layout):
     """Threads refuse to meet under different names or shapes, and hang where one does not come."""
@@ -125,7 +150,7 @@ def by_kernel(host, plan, document):
         x.requires_grad_()
     passing = PassingBlocks(plan, host)
     span = share.block_spans[0]
-    passing.start(0, *(x[:, :, span][:, :, : block.kept_tokens] for x in (k, v)))
+    passing.start(0, torch.cat((k, v), dim=-1)[:, :, span][:, :, : block.kept_tokens])
     received = passing.wait(block)
     keys, values = (torch.cat((x, y[:, :, span]), dim=2) for x, y in zip(received, (k, v), strict=True))
     out, _ = masked_attention(q, keys, values, anchor_tokens=0, passing_tokens=received[0].shape[2], backend="triton")

@@ -13,6 +13,7 @@ from apb.methods import APB
 from apb.parallel import run_threads
 from apb.plan import plan_context
 from apb.reference import apb_mask
+from apb.testing.oracle import anchor_rows_of
 from apb.testing.strategies import SEEDS, host_rows, plans, stream_rows
 
 SHAPE = ModelShape(hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=96, layers=3, bytes_per_value=8)
@@ -22,7 +23,7 @@ N = 131072
 @given(plan=plans())
 def test_pairs_are_what_the_masks_let_through(plan):
     for rank, host in enumerate(plan.host_plans):
-        counted = int(apb_mask(host.anchor_rows, host.anchor_rows, 0, 0).sum())
+        counted = int(apb_mask(plan.anchor_rows, plan.anchor_rows, 0, 0)[anchor_rows_of(plan, rank)].sum())
         for block in host.blocks:
             anchor = plan.anchor_rows if block.sees_anchor else 0
             columns = anchor + block.passing_tokens + block.tokens
@@ -53,7 +54,8 @@ def test_an_inner_host_costs_the_papers_formulas(hosts):
 
 @given(plan=plans(layouts=("contiguous",), query_ins=("anchor",)))
 def test_passing_costs_every_host_the_longest_share(plan):
-    longest = max(block.kept_tokens for block in plan.blocks)
+    shares = [len(anchor_rows_of(plan, rank)) * plan.split_anchor for rank in range(plan.hosts)]
+    longest = max(block.kept_tokens + share for block, share in zip(plan.blocks, shares, strict=True))
     assert plan.message_tokens(0) == longest
     for rank in range(plan.hosts):
         cost = host_cost(plan, rank, SHAPE)
@@ -71,6 +73,21 @@ def test_published_sizes_of_llama_3_1_8b_at_128k():
     assert worst(hosts=1) == pytest.approx(198, abs=0.5)
     assert worst(hosts=8, anchor=N // 8) == pytest.approx(23.1, abs=0.05)
     assert worst(hosts=8, anchor=4096, passing=2048) < 23.1
+
+
+def test_a_split_anchor_and_zigzag_blocks_cost_every_host_the_same():
+    """Rows l_b + (l_a + l_q)/H, and pairs alike; only the first has less, whose first block sees no anchor."""
+    settings = {"tokens": N, "hosts": 8, "anchor": 4096, "passing": 1024, "query": 64, "layout": "zigzag"}
+    plan = plan_context(**settings, split_anchor=True)
+    costs = [host_cost(plan, rank, LLAMA_3_1_8B) for rank in range(8)]
+    assert {cost.rows for cost in costs} == {16384 + (4096 + 64) // 8}
+    pairs = [cost.pairs for cost in costs]
+    assert max(pairs) - min(pairs[1:]) <= 1e-3 * max(pairs)
+    assert pairs[1] - pairs[0] == pytest.approx(LLAMA_3_1_8B.heads * 8192 * (4096 + 64), rel=1e-3)
+    plain = [host_cost(plan_context(**settings), rank, LLAMA_3_1_8B) for rank in range(8)]
+    assert max(cost.flops for cost in costs) < 0.88 * max(cost.flops for cost in plain)
+    more = (4096 + 64) // 8 * 7 * LLAMA_3_1_8B.kv_bytes
+    assert all(a.sent_bytes == b.sent_bytes + more for a, b in zip(costs, plain, strict=True))
 
 
 def test_zigzag_balances_the_pairs():
@@ -95,7 +112,7 @@ def test_hosts_send_what_the_plan_says(plan, seed):
         return host.counters
 
     for rank, counters in enumerate(run_threads(plan.hosts, body)):
-        cost = host_cost(plan, rank, shape)
+        cost = method.cost(plan, rank, shape)
         assert sum(counters.sent_bytes.values()) == layers * cost.sent_bytes
         assert sum(counters.messages.values()) == layers * cost.messages
-        assert set(counters.sent_bytes) <= {"passing", "merge"}
+        assert set(counters.sent_bytes) <= {"passing", "merge", "query"}

@@ -9,7 +9,7 @@ from apb.compress import KeyNorm, Projections, QueryAware, RetainingHead
 from apb.context import Trace
 from apb.costs import host_cost
 from apb.hf import model_shape, register, share_weights
-from apb.methods import APB, Flash
+from apb.methods import APB, Flash, Spava
 from apb.parallel import run_processes, run_threads
 from apb.session import Session
 from apb.testing import oracle
@@ -80,19 +80,21 @@ def check_against_the_oracle(model, method, plan, document, query, run=run_threa
 @pytest.mark.parametrize("query_in", ["anchor", "prefill"])
 def test_a_session_equals_the_oracle(models, family, layout, query_in):
     """Cache by cache, layer by layer, host by host; then the question's logits and four greedy tokens; batch of 2."""
-    method = APB(anchor=4, passing=3, query_in=query_in, layout=layout)
+    make = Spava if (family, query_in) in (("llama3", "prefill"), ("qwen3", "prefill")) else APB
+    split = family in ("llama3", "qwen2.5")
+    method = make(anchor=4, passing=3, query_in=query_in, layout=layout, split_anchor=split)
     plan = method.plan(tokens=55, hosts=3, query=3, query_offset=2)
     check_against_the_oracle(models[family], method, plan, tokens(1, 55, 2), tokens(2, 3, 2))
 
 
 @settings(max_examples=12)
 @example(arguments={"tokens": 3, "hosts": 5, "anchor": 0, "passing": 2, "query": 0, "query_offset": 0,
-                    "query_in": "anchor", "layout": "contiguous"}, seed=1)  # fmt: skip
+                    "query_in": "anchor", "layout": "contiguous", "split_anchor": False}, seed=1)  # fmt: skip
 @example(arguments={"tokens": 3, "hosts": 4, "anchor": 1, "passing": 1, "query": 2, "query_offset": 0,
-                    "query_in": "prefill", "layout": "zigzag"}, seed=2)  # fmt: skip
+                    "query_in": "prefill", "layout": "zigzag", "split_anchor": True}, seed=2)  # fmt: skip
 @given(arguments=plan_arguments(max_tokens=50, max_hosts=4), seed=SEEDS)
 def test_any_plan_equals_the_oracle_more_hosts_than_tokens_included(models, arguments, seed):
-    where = {name: arguments[name] for name in ("anchor", "passing", "query_in", "layout")}
+    where = {name: arguments[name] for name in ("anchor", "passing", "query_in", "layout", "split_anchor")}
     asked = {name: arguments[name] for name in ("tokens", "hosts", "query", "query_offset")}
     reads = asked["query"] and (where["anchor"] or where["query_in"] == "prefill")
     method = APB(compressor=QueryAware() if reads else KeyNorm(), **where)
@@ -102,7 +104,7 @@ def test_any_plan_equals_the_oracle_more_hosts_than_tokens_included(models, argu
 
 @pytest.mark.parametrize("hosts", [2, 4])
 def test_gloo_processes_equal_the_oracle(models, hosts):
-    method = APB(anchor=3, passing=4)
+    method = APB(anchor=3, passing=4, split_anchor=True)
     plan = method.plan(tokens=50, hosts=hosts, query=2, query_offset=1)
     check_against_the_oracle(models["llama"], method, plan, tokens(3, 50), tokens(4, 2), run_processes)
 

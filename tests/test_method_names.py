@@ -6,7 +6,7 @@ import pytest
 
 from apb.compress import KeyNorm, QueryAware, SnapKV
 from apb.evals.evaluate import method_for
-from apb.methods import APB, APE, METHODS, Flash, Method, Ring, Star, Ulysses, make_method, split_method
+from apb.methods import APB, APE, METHODS, Flash, Method, Ring, Spava, Star, Ulysses, make_method, split_method
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,9 @@ from apb.methods import APB, APE, METHODS, Flash, Method, Ring, Star, Ulysses, m
         ("apb: anchor = 8 , passing=4", APB(anchor=8, passing=4)),
         ("apb:compressor=snapkv,query_in=after,layout=zigzag",
          APB(compressor=SnapKV(), query_in="after", layout="zigzag")),
+        ("apb:split_anchor=true", APB(split_anchor=True)),
+        ("spava", Spava()),
+        ("spava:anchor=8,passing=4,split_anchor=false", Spava(anchor=8, passing=4)),
         ("ulysses:backend=reference", Ulysses(backend="reference")),
     ],
 )  # fmt: skip
@@ -62,6 +65,7 @@ def test_a_text_is_split_without_a_look_at_what_it_means(text, parts):
         ("apb:anchor=1/4,passing=1/8", 4096, 4, (256, 128)),
         ("apb:anchor=1/4,passing=1/8,layout=zigzag", 4096, 4, (128, 64)),
         ("apb: anchor = 1/4, passing = 1/8, layout = zigzag", 4096, 4, (128, 64)),
+        ("spava:anchor=1/4,passing=1/8", 4096, 4, (128, 64)),
         ("apb:anchor=1/3,passing=0/8", 100, 4, (8, 0)),
         ("apb:anchor=1/64,passing=1/64", 100, 4, (1, 1)),  # 25/64 of a token is not nothing
         ("apb:anchor=7,passing=1/1", 100, 4, (7, 25)),
@@ -109,6 +113,9 @@ def test_what_a_name_promises_is_what_its_method_does(name):
         ("minference:pattern=a-shape,blocks=3", {}, "pattern: a-shape takes sink, local, got blocks"),
         ("minference:vertical=0", {}, "vertical: VerticalSlash takes an integer ≥ 1, got 0"),
         ("apb:anchor=-1", {}, "anchor: expected an integer ≥ 0, got -1"),
+        ("apb:split_anchor=yes", {}, "split_anchor: expected true or false, got 'yes'"),
+        ("apb", {"split_anchor": 1}, "split_anchor: expected True or False, got 1"),
+        ("spava:query_in=anchor", {}, "query_in: expected one of ('prefill', 'after'), got 'anchor'"),
         ("apb", {"passing": "-1"}, "passing: expected an integer ≥ 0, got -1"),
     ],
 )

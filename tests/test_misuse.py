@@ -43,7 +43,7 @@ def test_passing_blocks_are_started_once_each_in_order_and_all_before_the_wait()
     def start(host, *slots):
         passing = PassingBlocks(plan, host)
         for slot in slots:
-            passing.start(slot, k, k)
+            passing.start(slot, torch.cat((k, k), dim=-1))
         return passing.wait(plan.blocks[0])
 
     for slots in [(1,), (-1,), (0, 0)]:

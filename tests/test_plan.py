@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apb.plan import plan_context
+from apb.testing.oracle import anchor_rows_of
 from apb.testing.strategies import plan_arguments, plans
 
 LEADING = st.sampled_from([(), (3,), (2, 1, 4)])
@@ -52,7 +53,7 @@ def test_blocks_are_as_even_as_a_shorter_end_allows(plan):
 @given(plan=plans())
 def test_positions_are_true(plan):
     for rank, host in enumerate(plan.host_plans):
-        expected = list(range(host.anchor_rows))
+        expected = anchor_rows_of(plan, rank)
         for block in host.blocks:
             expected += range(block.start, block.stop)
         expected += range(plan.tokens, plan.tokens + host.query_rows)
@@ -71,10 +72,8 @@ def test_host_rows_are_anchor_with_the_query_inside_then_blocks_then_the_running
     for rank, host in enumerate(plan.host_plans):
         rows = plan.host_rows(rank, ids, query)
         assert rows.shape == (*leading, host.rows)
-        expected = []
-        if plan.anchor and any(block.tokens if block.index else plan.anchor_on_first for block in host.blocks):
-            inside = asked if plan.query_in == "anchor" else []
-            expected += [*range(s), *inside, *range(s, plan.anchor)]
+        anchor = [*range(s), *(asked if plan.query_in == "anchor" else []), *range(s, plan.anchor)]
+        expected = [anchor[row] for row in anchor_rows_of(plan, rank)]
         for block in host.blocks:
             expected += range(block.start, block.stop)
         expected += asked if plan.query_in == "prefill" else []
@@ -107,6 +106,17 @@ def test_a_zigzag_first_host_runs_the_anchor_for_its_second_block():
     plan = plan_context(tokens=16, hosts=2, anchor=2, layout="zigzag")
     assert [host.anchor_rows for host in plan.host_plans] == [2, 2]
     assert [host.anchor_rows for host in plan_context(tokens=16, hosts=2, anchor=2).host_plans] == [0, 2]
+
+
+@given(plan=plans())
+def test_a_split_anchor_is_run_once_and_in_even_shares(plan):
+    rows = [anchor_rows_of(plan, rank) for rank in range(plan.hosts)]
+    assert [[row for span in host.anchor_spans for row in range(*span)] for host in plan.host_plans] == rows
+    if plan.split_anchor:
+        assert sorted(row for mine in rows for row in mine) == list(range(plan.anchor_rows if any(rows) else 0))
+        assert max(map(len, rows)) - min(map(len, rows)) <= 2
+        work = [sum(row + 1 for row in mine) for mine in rows]  # row i sees i + 1 keys
+        assert max(work) - min(work) <= 3 * plan.anchor_rows
 
 
 @given(arguments=plan_arguments())

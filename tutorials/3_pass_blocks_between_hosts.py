@@ -74,7 +74,7 @@ def pass_with_library(host):
     block = plan.host(host.rank).blocks[0]
     k, v = (parts[host.rank][:, :, : block.kept_tokens] for parts in (host_keys, host_values))
     passing = PassingBlocks(plan, host)
-    passing.start(0, k, v)
+    passing.start(0, torch.cat((k, v), dim=-1))
     received = passing.wait(block)
     assert host.counters.sent_bytes["passing"] == (H - 1) * l_p * kv_heads * 2 * dim * k.element_size()
     return received
@@ -117,7 +117,7 @@ def attend(host):
     block = everything.host(host.rank).blocks[0]
     q, k, v = (parts[host.rank] for parts in (host_queries, host_keys, host_values))
     passing = PassingBlocks(everything, host)
-    passing.start(0, k[:, :, : block.kept_tokens], v[:, :, : block.kept_tokens])
+    passing.start(0, torch.cat((k, v), dim=-1)[:, :, : block.kept_tokens])
     p_k, p_v = passing.wait(block)
     mask = reference.apb_mask(block.tokens, block.passing_tokens + block.tokens, 0, block.passing_tokens)
     out, _ = reference.attention(q, torch.cat((p_k, k), dim=2), torch.cat((p_v, v), dim=2), mask)

@@ -87,7 +87,7 @@ def attend_by_hand(host, plan, compressor):
     kept = compressor.compress(candidates, block.kept_tokens)
 
     passing = PassingBlocks(plan, host)
-    passing.start(0, kept.k, kept.v)
+    passing.start(0, kept.message)
     p_k, p_v = passing.wait(block)
 
     keys, values = (torch.cat((y[:, :, :a], p, y[:, :, a:]), dim=2) for y, p in ((k, p_k), (v, p_v)))

@@ -118,7 +118,8 @@ def method_for(text: str, *, tokens: int, hosts: int) -> Method:
         ValueError: as `make_method`.
     """
     name, settings = split_method(text)
-    blocks = hosts * (2 if settings.get("layout") == "zigzag" or name == "ring-zigzag" else 1)
+    layout = settings.get("layout", "zigzag" if name in ("ring-zigzag", "spava") else "contiguous")
+    blocks = hosts * (2 if layout == "zigzag" else 1)
     block = -(-tokens // blocks)
     for key, value in settings.items():
         if key == "heads" or "/" not in value:  # a file's name may have a slash

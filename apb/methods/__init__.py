@@ -13,6 +13,7 @@ from apb.methods.method import Method
 from apb.methods.minference import MInference
 from apb.methods.names import METHODS, make_method, split_method
 from apb.methods.ring import Ring
+from apb.methods.spava import Spava
 from apb.methods.star import Star
 from apb.methods.ulysses import Ulysses
 
@@ -24,6 +25,7 @@ __all__ = [
     "MInference",
     "Method",
     "Ring",
+    "Spava",
     "Star",
     "Ulysses",
     "make_method",

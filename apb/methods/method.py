@@ -194,7 +194,7 @@ class Method(ABC):
     def check_plan(self, plan: ContextPlan) -> None:
         """Raise unless `plan` is of the kind that this method makes: another's rows would be attended to wrongly."""
         own = self.plan(tokens=plan.tokens, hosts=plan.hosts, query=plan.query)
-        for name in ("layout", "shared_prefix", "reuse_positions"):
+        for name in ("layout", "shared_prefix", "reuse_positions", "split_anchor", "split_anchor_cache"):
             if getattr(own, name) != getattr(plan, name):
                 raise ValueError(
                     f"plan: {type(self).__name__} takes {name}={getattr(own, name)!r}, got {getattr(plan, name)!r}; "

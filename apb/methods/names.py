@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from apb.methods.flash import Flash
 from apb.methods.method import Method
 from apb.methods.minference import MInference
 from apb.methods.ring import Ring
+from apb.methods.spava import Spava
 from apb.methods.star import Star
 from apb.methods.ulysses import Ulysses
 
@@ -50,6 +52,12 @@ def _number(text: str) -> float:
         raise ValueError(f"expected a number, got {text!r}") from None
 
 
+def _flag(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise ValueError(f"expected true or false, got {text!r}")
+    return text == "true"
+
+
 def _compressor(name: str) -> Compressor:
     if name not in TRAINING_FREE:
         names = ", ".join((*TRAINING_FREE, "retaining-head"))
@@ -57,7 +65,9 @@ def _compressor(name: str) -> Compressor:
     return TRAINING_FREE[name]()
 
 
-def _apb(*, compressor: Compressor | str | None = None, heads: str | Path | None = None, **settings: Any) -> APB:
+def _apb(
+    make: type[APB], *, compressor: Compressor | str | None = None, heads: str | Path | None = None, **settings: Any
+) -> APB:
     if compressor == "retaining-head":
         if heads is None:
             raise ValueError("heads: the retaining head needs a checkpoint; give its file as heads=FILE (--heads FILE)")
@@ -66,7 +76,7 @@ def _apb(*, compressor: Compressor | str | None = None, heads: str | Path | None
         raise ValueError(f"heads: {heads} is for the compressor 'retaining-head', got {compressor!r}")
     if isinstance(compressor, str):
         compressor = _compressor(compressor)
-    return APB(**settings) if compressor is None else APB(compressor=compressor, **settings)
+    return make(**settings) if compressor is None else make(compressor=compressor, **settings)
 
 
 def _minference(pattern: str = "vertical-slash", **settings: Any) -> MInference:
@@ -86,6 +96,12 @@ _PATTERNS: dict[str, tuple[Callable[..., Pattern], dict[str, int]]] = {
     "block-sparse": (BlockSparse, {"blocks": 100}),
 }
 
+_APB_SETTINGS: dict[str, Callable[[str], Any]] = {
+    **dict.fromkeys(("anchor", "passing"), _integer),
+    **dict.fromkeys(("compressor", "heads", "query_in", "layout"), str),
+    "split_anchor": _flag,
+}
+
 METHODS: dict[str, Named] = {
     "flash": Named(title="Exact attention", make=Flash, one_host=True),
     "ring": Named(title="Ring Attention", make=Ring),
@@ -102,14 +118,8 @@ METHODS: dict[str, Named] = {
             **dict.fromkeys(("vertical", "slash", "sink", "local", "blocks", "dense_below"), int),
         },
     ),
-    "apb": Named(
-        title="APB",
-        make=_apb,
-        settings={
-            **dict.fromkeys(("anchor", "passing"), _integer),
-            **dict.fromkeys(("compressor", "heads", "query_in", "layout"), str),
-        },
-    ),
+    "apb": Named(title="APB", make=partial(_apb, APB), settings=_APB_SETTINGS),
+    "spava": Named(title="Spava", make=partial(_apb, Spava), settings=_APB_SETTINGS),
 }
 
 

@@ -43,15 +43,15 @@ BUGS = (
     Bug(
         name="the anchor's positions do not count the query inside it",
         file="plan.py",
-        old="parts = [torch.arange(host.anchor_rows)]",
-        new="parts = [torch.arange(host.anchor_rows).clamp(max=self.anchor)]",
+        old="parts = [torch.arange(start, stop) for start, stop in host.anchor_spans]",
+        new="parts = [torch.arange(start, stop).clamp(max=self.anchor) for start, stop in host.anchor_spans]",
         tests="tests/test_plan.py -k positions_are_true",
     ),
     Bug(
         name="the query stands before the beginning of the document",
         file="plan.py",
-        old="parts += [document[..., :s], embedded,",
-        new="parts += [embedded, document[..., :s],",
+        old="torch.cat((document[..., :s], embedded,",
+        new="torch.cat((embedded, document[..., :s],",
         tests="tests/test_plan.py -k host_rows",
     ),
     Bug(
@@ -113,9 +113,9 @@ BUGS = (
     ),
     Bug(
         name="scoring with the first rows of the anchor instead of the question",
-        file="methods/apb.py",
-        old="q[:, :, plan.query_offset : plan.query_offset + plan.query]",
-        new="q[:, :, : plan.query]",
+        file="parallel/passing.py",
+        old="anchor_slice(first, last)]",
+        new="anchor_slice(0, plan.query)]",
         tests="tests/test_apb_laws.py -k trace",
     ),
     Bug(
@@ -136,16 +136,45 @@ BUGS = (
     Bug(
         name="the padding of a short share leaks into the passing block",
         file="parallel/passing.py",
-        old="message[:, :, : earlier.kept_tokens]",
-        new="message",
+        old="[:, :, first : first + earlier.kept_tokens]",
+        new="[:, :, first:]",
         tests="tests/test_passing.py -k 'documents_order'",
     ),
     Bug(
         name="every layer reads the first layer's passing block",
         file="methods/apb.py",
-        old="kp, vp = passing.wait(block)",
-        new="kp, vp = vars(host).setdefault(f'_{slot}', passing.wait(block))",
+        old="for message in passing.received(block)]",
+        new="for message in vars(host).setdefault(f'_{block.index}', passing.received(block))]",
         tests="tests/test_hf.py -k 'session_equals and llama and anchor-contiguous'",
+    ),
+    # A split anchor.
+    Bug(
+        name="a split anchor put together in the order of ranks",
+        file="parallel/passing.py",
+        old="for span in sorted(pieces)",
+        new="for span in pieces",
+        tests="tests/test_passing.py -k 'documents_order'",
+    ),
+    Bug(
+        name="what a block kept, read from the head of a message that begins with the anchor",
+        file="parallel/passing.py",
+        old="first = sender.anchor_rows if self.plan.split_anchor and slot == 0 else 0",
+        new="first = 0",
+        tests="tests/test_passing.py -k 'documents_order'",
+    ),
+    Bug(
+        name="a share of the anchor whose rows see what follows it",
+        file="methods/apb.py",
+        old="ka[:, :, :stop], va[:, :, :stop]",
+        new="ka, va",
+        tests="tests/test_apb_laws.py -k splitting",
+    ),
+    Bug(
+        name="a question inside a split anchor put together in the order of ranks",
+        file="parallel/passing.py",
+        old="for start in sorted(found)",
+        new="for start in found",
+        tests="tests/test_passing.py -k question",
     ),
     # What a row sees.
     Bug(
@@ -158,8 +187,8 @@ BUGS = (
     Bug(
         name="a second block that does not see the anchor",
         file="methods/apb.py",
-        old="seen = share.anchor_rows if block.sees_anchor else 0",
-        new="seen = share.anchor_rows if block.sees_anchor and slot == 0 else 0",
+        old="seen = ka.shape[2] if block.sees_anchor else 0",
+        new="seen = ka.shape[2] if block.sees_anchor and not outs else 0",
         tests="tests/test_apb_laws.py -k naive",
     ),
     Bug(
@@ -187,8 +216,8 @@ BUGS = (
     Bug(
         name="the query's own keys counted on every host",
         file="methods/apb.py",
-        old="share.rows if rank == plan.owner else share.rows - share.query_rows",
-        new="share.rows",
+        old="if rank == plan.owner:\n            cached",
+        new="if share.query_rows:\n            cached",
         tests="tests/test_apb_laws.py -k naive",
     ),
     Bug(
@@ -208,8 +237,8 @@ BUGS = (
     Bug(
         name="a cache that keeps the anchor",
         file="blocks.py",
-        old="if self.keeps_anchor else (blocks,)",
-        new="if self.keeps_anchor else (slice(0, blocks.stop),)",
+        old="return (blocks, *(self.anchor_slice(*span) for span in self.kept_anchor))",
+        new="return (slice(0, blocks.stop),)",
         tests="tests/test_hf.py -k exactly_the_hosts_blocks",
     ),
     Bug(

@@ -31,7 +31,7 @@ EVAL_BUGS = (
     Bug(
         name="a fraction of a host's rows where it has two blocks",
         file="evals/evaluate.py",
-        old='hosts * (2 if settings.get("layout") == "zigzag" or name == "ring-zigzag" else 1)',
+        old='hosts * (2 if layout == "zigzag" else 1)',
         new="hosts",
         tests="tests/test_method_names.py -k fraction",
     ),

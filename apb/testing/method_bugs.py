@@ -65,9 +65,16 @@ METHOD_BUGS = (
     ),
     Bug(
         name="a shared prefix whose keys nobody keeps",
-        file="plan.py",
-        old="keeps = self.shared_prefix and rank == self.owner",
-        new="keeps = False",
+        file="blocks.py",
+        old="kept_anchor=kept if keep_anchor else (),",
+        new="kept_anchor=(),",
+        tests="tests/test_methods_laws.py -k held_once",
+    ),
+    Bug(
+        name="a shared prefix whose keys every host keeps",
+        file="blocks.py",
+        old="kept = share if split_cache else",
+        new="kept = whole if split_cache else",
         tests="tests/test_methods_laws.py -k held_once",
     ),
     Bug(

@@ -21,12 +21,12 @@ __all__ = [
     "DocumentStack",
     "LayerResult",
     "Stack",
+    "anchor_rows_of",
     "blocks_of",
     "key_norm",
     "layer",
     "nothing",
     "query_aware",
-    "runs_anchor",
 ]
 
 Rows = tuple[Tensor, Tensor, Tensor]
@@ -66,14 +66,35 @@ def blocks_of(plan: ContextPlan) -> list[tuple[int, int, int]]:
     order = list(range(plan.hosts))
     if plan.layout == "zigzag":
         order += order[::-1]
-    size = -(-plan.tokens // len(order))
-    return [(rank, min(i * size, plan.tokens), min((i + 1) * size, plan.tokens)) for i, rank in enumerate(order)]
+    first = plan.anchor if plan.shared_prefix else 0
+    size = -(-(plan.tokens - first) // len(order))
+    return [
+        (rank, min(first + i * size, plan.tokens), min(first + (i + 1) * size, plan.tokens))
+        for i, rank in enumerate(order)
+    ]
 
 
-def runs_anchor(plan: ContextPlan, rank: int) -> bool:
-    """Say whether a host runs the anchor's rows: if it has rows that see it, or the first block and is told to."""
+def needs_anchor(plan: ContextPlan, rank: int) -> bool:
+    """Say whether a host has a use for the anchor: rows that see it, or the first block if it is told to."""
     mine = [(i, stop - start) for i, (owner, start, stop) in enumerate(blocks_of(plan)) if owner == rank]
+    if plan.shared_prefix:
+        return plan.anchor > 0
     return plan.anchor > 0 and any(tokens > 0 if i > 0 else plan.anchor_on_first for i, tokens in mine)
+
+
+def anchor_rows_of(plan: ContextPlan, rank: int) -> list[int]:
+    """Return which rows of the anchor a host runs: all if it needs any, or its share if the anchor is split."""
+    rows = plan.anchor + (plan.query if plan.query_in == "anchor" else 0)
+    if not plan.split_anchor:
+        return list(range(rows)) if needs_anchor(plan, rank) else []
+    needed = any(needs_anchor(plan, other) for other in range(plan.hosts))
+    return share_of(rows, plan.hosts, rank) if needed else []
+
+
+def share_of(rows: int, hosts: int, rank: int) -> list[int]:
+    """Return pieces r and 2H − 1 − r of 2H."""
+    pieces, mine = 2 * hosts, (rank, 2 * hosts - 1 - rank)
+    return [row for row in range(rows) if any(rows * p // pieces <= row < rows * (p + 1) // pieces for p in mine)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +119,7 @@ def layer(plan: ContextPlan, anchor: Rows, document: Rows, query: Rows, score: S
     received = tuple(x[:, :, :0] for x in document)
     for index, (_, start, stop) in enumerate(spans):
         q, k, v = (x[:, :, start:stop] for x in document)
-        seen = [x[:, :, :0] if index == 0 else x for x in anchor]
+        seen = [x[:, :, :0] if index == 0 and not plan.shared_prefix else x for x in anchor]
         keys, values = (torch.cat((seen[i], received[i], (k, v)[i - 1]), dim=2) for i in (1, 2))
         before = keys.shape[2] - (stop - start)
         mask = torch.tensor(
@@ -158,7 +179,7 @@ class Stack:
         hidden = [self.model.model.embed_tokens(ids) for ids in streams]
         for module in self.model.model.layers:
             rows = [self._project(module, x, place) for x, place in zip(hidden, places, strict=True)]
-            wq, wk, wv = (torch.cat([r[i] for r in rows[1:-1]], dim=2) for i in range(3))
+            wq, wk, wv = (torch.cat([r[i] for r in rows[not plan.shared_prefix : -1]], dim=2) for i in range(3))
             whole = (wq, wk, wv)
             result = layer(plan, rows[0], whole, rows[-1], self.score)
             outs = [result.anchor, *result.blocks, result.query]
@@ -183,6 +204,8 @@ class Stack:
     def host_cache(self, i: int, rank: int) -> tuple[Tensor, Tensor]:
         """Return layer i's keys and values that belong on one host: its blocks; on the last one's, what followed."""
         spans = [(start, stop) for owner, start, stop in blocks_of(self.plan) if owner == rank]
+        if self.plan.shared_prefix:
+            spans += [(row, row + 1) for row in share_of(self.plan.anchor, self.plan.hosts, rank)]
         if rank == blocks_of(self.plan)[-1][0]:
             spans.append((self.plan.tokens, self.keys[i].shape[2]))
         k, v = (torch.cat([x[i][:, :, start:stop] for start, stop in spans], dim=2) for x in (self.keys, self.values))
@@ -190,7 +213,7 @@ class Stack:
 
     def host_hidden(self, rank: int) -> Tensor:
         """Return the last hidden states of the rows that one host runs."""
-        mine = [self.hidden[0]] if runs_anchor(self.plan, rank) else []
+        mine = [self.hidden[0][:, anchor_rows_of(self.plan, rank)]]
         mine += [x for x, (owner, _, _) in zip(self.hidden[1:-1], blocks_of(self.plan), strict=True) if owner == rank]
         return torch.cat([*mine, self.hidden[-1]], dim=1)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from apb.compress import KeyNorm
 from apb.context import Context, Trace
-from apb.methods import APB, APE, Flash, Method, Ring, Star, Ulysses
+from apb.methods import APB, APE, Flash, Method, Ring, Spava, Star, Ulysses
 from apb.parallel import Host, run_threads
 from apb.plan import ContextPlan, plan_context
 
@@ -41,7 +41,7 @@ HEADS = st.sampled_from([(1, 1), (2, 1), (4, 2), (6, 2)])
 ODD_HEADS = st.sampled_from([(1, 1), (4, 2), (6, 1), (9, 3), (5, 5)])
 """(query heads, KV heads), also such as no host count divides."""
 EXACT_METHODS = ("flash", "ring", "ring-zigzag", "ulysses")
-METHOD_NAMES = (*EXACT_METHODS, "star", "ape", "apb")
+METHOD_NAMES = (*EXACT_METHODS, "star", "ape", "apb", "spava")
 LAYOUTS = ("contiguous", "zigzag")
 QUERY_INS = ("anchor", "prefill")
 
@@ -81,6 +81,7 @@ def plan_arguments(
         "query_in": query_in,
         "anchor_on_first": draw(st.booleans()),
         "layout": layout,
+        "split_anchor": draw(st.booleans()),
     }
 
 
@@ -117,14 +118,17 @@ def stream_rows(plan: ContextPlan, seed: int, **sizes: Any) -> Streams:
     """Draw one layer's rows for every stream of `plan`; `sizes` as `peaked`."""
     drawn = peaked(seed, plan.anchor_rows + plan.tokens + plan.query, **sizes)
     lengths = [plan.anchor_rows, plan.tokens, plan.query]
-    q, k, v = (x.split(lengths, dim=2) for x in drawn)
+    q, k, v = (list(x.split(lengths, dim=2)) for x in drawn)
+    if plan.shared_prefix:  # the anchor is the document's start, not a copy of it with the question inside
+        for x in (q, k, v):
+            x[0] = x[1][:, :, : plan.anchor]
     return Streams(anchor=(q[0], k[0], v[0]), document=(q[1], k[1], v[1]), query=(q[2], k[2], v[2]))
 
 
 def host_rows(plan: ContextPlan, rank: int, streams: Streams, which: Literal[0, 1, 2]) -> Tensor:
     """Return q (0), k (1) or v (2) of the rows that host `rank` runs."""
     share = plan.host(rank)
-    parts = [streams.anchor[which][:, :, : share.anchor_rows]]
+    parts = [streams.anchor[which][:, :, start:stop] for start, stop in share.anchor_spans]
     parts += [streams.document[which][:, :, block.start : block.stop] for block in share.blocks]
     parts.append(streams.query[which][:, :, : share.query_rows])
     return torch.cat(parts, dim=2)
@@ -142,18 +146,21 @@ def method_plans(
     """Draw a method without a question in its anchor, and its plan: one token, more hosts than tokens, odd ends."""
     name = draw(st.sampled_from(names))
     tokens, hosts = draw(st.integers(1, max_tokens)), 1 if name == "flash" else draw(st.integers(1, max_hosts))
-    layout = draw(st.sampled_from(LAYOUTS)) if name == "apb" else "contiguous"
+    layout = draw(st.sampled_from(LAYOUTS)) if name in ("apb", "spava") else "contiguous"
     block = -(-tokens // (hosts * (2 if layout == "zigzag" else 1)))
-    anchor = draw(st.integers(0, tokens if name == "ape" else block)) if name in ("star", "ape", "apb") else 0
+    most = {"star": block, "apb": block, "ape": tokens, "spava": tokens}.get(name, 0)
+    anchor = draw(st.integers(0, most))
     method: Method
     if name == "star":
         method = Star(anchor=draw(st.sampled_from([None, anchor])))
     elif name == "ape":
         factors = st.sampled_from([0.3, 0.9, 1.0, 1.7])
         method = APE(prefix=anchor, temperature=draw(factors), scale=draw(factors))
-    elif name == "apb":
-        passing = draw(st.integers(0, block + 2))
-        method = APB(anchor=anchor, passing=passing, compressor=KeyNorm(), query_in="after", layout=layout)
+    elif name in ("apb", "spava"):
+        passing, split, make = draw(st.integers(0, block + 2)), draw(st.booleans()), Spava if name == "spava" else APB
+        method = make(
+            anchor=anchor, passing=passing, compressor=KeyNorm(), query_in="after", layout=layout, split_anchor=split
+        )
     else:
         make: dict[str, Method] = {"flash": Flash(), "ring": Ring(), "ring-zigzag": Ring(layout="zigzag")}
         method = make.get(name, Ulysses())
@@ -164,16 +171,13 @@ def document_rows(plan: ContextPlan, rank: int, x: Tensor) -> Tensor:
     """Return the rows that host `rank` runs, out of the document's `[batch, heads, tokens, dim]`."""
     assert plan.anchor_rows == plan.anchor, "a question in the anchor is not in the document"
     share = plan.host(rank)
-    blocks = [x[:, :, block.start : block.stop] for block in share.blocks]
-    return torch.cat((x[:, :, : share.anchor_rows], *blocks), dim=2)
+    spans = [*share.anchor_spans, *((block.start, block.stop) for block in share.blocks)]
+    return torch.cat([x[:, :, start:stop] for start, stop in spans], dim=2)
 
 
 def held_rows(plan: ContextPlan, rank: int, x: Tensor) -> Tensor:
     """Return what host `rank` keeps after the prefill, out of the document's `[batch, heads, tokens, dim]`."""
-    spans = [(block.start, block.stop) for block in plan.host(rank).blocks]
-    if plan.shared_prefix and rank == plan.hosts - 1:
-        spans.append((0, plan.anchor))
-    return torch.cat([x[:, :, start:stop] for start, stop in spans], dim=2)
+    return torch.cat([x[:, :, start:stop] for start, stop in plan.host(rank).held_tokens], dim=2)
 
 
 def prefill_document(
@@ -187,8 +191,8 @@ def prefill_document(
     """Run one layer of `method` on the document's q, k and v.
 
     Returns:
-        The document's outputs in its order; the anchor's, of each host that runs it; and by rank what was counted:
-        pairs, and the bytes and messages by name.
+        The document's outputs in its order; the anchor's, of each host that runs some of it; and by rank what was
+        counted: pairs, and the bytes and messages by name.
     """
 
     def body(host: Host) -> tuple[Tensor, tuple[int, dict[str, int], dict[str, int]]]:

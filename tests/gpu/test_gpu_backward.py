@@ -231,7 +231,7 @@ def over_hosts(host, multithreading=None):
     inputs = [x[:, :, rows].contiguous().to(host.device).requires_grad_() for x in draw]
     q, k, v = inputs
     passing = PassingBlocks(PLAN, host)
-    passing.start(0, *(x[:, :, : block.kept_tokens] for x in (k, v)))
+    passing.start(0, torch.cat((k, v), dim=-1)[:, :, : block.kept_tokens])
     received = passing.wait(block)
     keys, values = (torch.cat(pair, dim=2) for pair in zip(received, (k, v), strict=True))
     out, _ = masked_attention(q, keys, values, anchor_tokens=0, passing_tokens=received[0].shape[2], backend="triton")
