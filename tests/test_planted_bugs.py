@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from apb.testing.backward_bugs import BACKWARD_BUGS
+from apb.testing.bench_bugs import BENCH_BUGS
 from apb.testing.bugs import BUGS as APB_BUGS
 from apb.testing.compress_bugs import COMPRESS_BUGS
 from apb.testing.decode_bugs import DECODE_BUGS
@@ -19,7 +20,7 @@ from apb.testing.eval_bugs import EVAL_BUGS
 from apb.testing.hopper_bugs import HOPPER_BUGS
 from apb.testing.method_bugs import METHOD_BUGS
 
-BUGS = (*APB_BUGS, *METHOD_BUGS, *EVAL_BUGS, *BACKWARD_BUGS, *COMPRESS_BUGS, *DECODE_BUGS, *HOPPER_BUGS)
+BUGS = (*APB_BUGS, *METHOD_BUGS, *EVAL_BUGS, *BACKWARD_BUGS, *COMPRESS_BUGS, *DECODE_BUGS, *HOPPER_BUGS, *BENCH_BUGS)
 ROOT = Path(__file__).parents[1]
 # A failure is all we want to see, not its smallest example.
 PROFILE = """

@@ -2,19 +2,27 @@
 
 import csv
 import datetime
+import io
 import math
 import os
 import platform
 import subprocess
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import astuple, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 import torch
 
-__all__ = ["Environment", "Row", "append", "environment"]
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+__all__ = ["Environment", "Row", "append", "environment", "read_rows"]
+
+Kind = TypeVar("Kind", bound="DataclassInstance")
+
+_READ: dict[Any, Callable[[str], Any]] = {float: lambda cell: float(cell or "nan"), int: int, str: str}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,18 +87,80 @@ def environment() -> Environment:
     }
 
 
-def append(path: Path, rows: Iterable[Row]) -> None:
-    """Add rows to a ledger, with the column names first if the file is new."""
-    names = [field.name for field in fields(Row)]
+def append(path: Path, rows: "Iterable[DataclassInstance]") -> None:
+    """Add rows of one dataclass to a ledger, a line each, in one write; behind the column names if the file is new.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
+    rows = list(rows)
+    if not rows:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists() or path.stat().st_size == 0
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, names, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        for row in rows:
-            cells = asdict(row).items()
-            writer.writerow({k: ("" if math.isnan(v) else f"{v:.4g}") if isinstance(v, float) else v for k, v in cells})
+    old = path.read_bytes() if path.exists() else b""
+    if old:
+        _check_columns(path, next(csv.reader([old.split(b"\n", 1)[0].decode(errors="replace")])), type(rows[0]))
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    if not old:
+        writer.writerow(field.name for field in fields(rows[0]))
+    writer.writerows(map(_cell, astuple(row)) for row in rows)
+    missing = "\n" if old and not old.endswith(b"\n") else ""  # a file from another hand, or a run that was cut off
+    with path.open("a", newline="", encoding="utf-8") as file:
+        file.write(missing + text.getvalue())
+
+
+def read_rows(path: Path, kind: type[Kind]) -> list[Kind]:
+    """Read the rows of a ledger; empty cells of numbers are NaN.
+
+    Args:
+        path: CSV file that `append` wrote.
+        kind: dataclass of its rows, whose fields are texts, integers and floating-point numbers.
+
+    Raises:
+        ValueError: no CSV file, other columns than `kind` has, or a line that is no row, with its number.
+    """
+    with path.open(newline="", encoding="utf-8") as file:
+        lines = csv.reader(file, strict=True)
+        try:
+            head = next(lines, [])
+            found = [(lines.line_num, cells) for cells in lines if cells]
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"{path}: expected a ledger in CSV, got {error}; repair it, or take another file"
+            ) from None
+    _check_columns(path, head, kind)
+    return [_row(f"{path}, line {number}", cells, kind) for number, cells in found]
+
+
+def _cell(value: float | int | str) -> str:
+    """Write a value on one line: NaN as nothing, other fractions with four digits, line breaks as spaces."""
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.4g}"
+    return " ".join(str(value).splitlines())
+
+
+def _check_columns(path: Path, head: Sequence[str], kind: "type[DataclassInstance]") -> None:
+    """Refuse a file whose columns are not the fields of `kind`."""
+    names = [field.name for field in fields(kind)]
+    if list(head) != names:
+        raise ValueError(f"{path}: expected the columns {names}, got {str(head)[:200]}; take another file")
+
+
+def _row(where: str, cells: Sequence[str], kind: type[Kind]) -> Kind:
+    """Read one line's cells."""
+    columns = fields(kind)
+    if len(cells) != len(columns):
+        raise ValueError(f"{where}: expected {len(columns)} cells, got {len(cells)}; repair or remove the line")
+    found: dict[str, Any] = {}
+    for column, cell in zip(columns, cells, strict=True):
+        try:
+            found[column.name] = _READ[column.type](cell)
+        except ValueError:
+            raise ValueError(
+                f"{where}: expected a number as {column.name}, got {cell!r}; repair or remove the line"
+            ) from None
+    return kind(**found)
 
 
 def _commit() -> str:

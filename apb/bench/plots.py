@@ -1,13 +1,11 @@
 """Pictures of a benchmark, drawn from the ledger alone."""
 
-import csv
 import math
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
-from apb.bench import Row
+from apb.bench import Row, read_rows
 from apb.viz import check_picture
 
 __all__ = ["bars", "newest_run", "read_ledger"]
@@ -20,21 +18,8 @@ _COLOURS = ("#4878a8", "#e8a33d", "#4f9d69", "#b0578d", "#7a6a58", "#3b3b98")
 
 
 def read_ledger(path: Path) -> list[Row]:
-    """Read the rows of a ledger; empty cells are NaN.
-
-    Raises:
-        ValueError: the file does not have the columns of `Row`.
-    """
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        expected = {field.name for field in fields(Row)}
-        if set(reader.fieldnames or ()) != expected:
-            raise ValueError(f"{path}: expected the columns {sorted(expected)}, got {reader.fieldnames}")
-        numbers = {field.name for field in fields(Row) if field.type is float}
-        lines: list[dict[str, Any]] = [
-            {name: float(cell or "nan") if name in numbers else cell for name, cell in line.items()} for line in reader
-        ]
-    return [Row(**line) for line in lines]
+    """Read the rows of `benchmarks/ledger.csv` or a file like it, as `apb.bench.read_rows` does."""
+    return read_rows(path, Row)
 
 
 def newest_run(rows: Sequence[Row], benchmark: str) -> list[Row]:

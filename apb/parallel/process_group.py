@@ -145,6 +145,8 @@ class ProcessGroupHost(Host):
         if start is None:
             return lambda: received
         try:
+            # NCCL has a stream of its own: it follows what the current stream was given so far, beside what it is given
+            # next. The work holds on to the tensors until it is waited for, or else until the device is done with them.
             work = start(group=self._group, async_op=True)
         except RuntimeError as error:
             self._fail(number, name, error)

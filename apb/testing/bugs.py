@@ -1,7 +1,7 @@
 """Planted bugs: mistakes that such code really gets, as data, each with the tests that must notice it.
 
 Those of APB, and of what all methods share, are here; those of the other methods in `apb.testing.method_bugs`,
-those of training, answering and evaluating in `apb.testing.eval_bugs`.
+those of training, answering and evaluating in `apb.testing.eval_bugs`, those of kernels and benchmarks beside it.
 `tests/test_planted_bugs.py` puts one bug at a time into a copy of this package and demands that its tests fail. Each
 left all quality scores on easy tasks where they were, which is why the laws look at the numbers.
 """

@@ -1,0 +1,155 @@
+"""Simulated: each host's share timed alone, in turn, on one device; messages by their counted bytes and a link.
+
+    layer = slowest host's compute + most messages of a host
+    time to first token = layers · layer + the question's pass
+
+A host waits for no other in here, as it may inside a real layer. Messages are charged in full, as if nothing ran under
+them, but for Ring, whose sends run under its computing: there the larger of attention and messages is charged. The
+embedding of the rows, one copy, is left out.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from apb.bench.prefill.case import Case, phase_columns
+from apb.bench.prefill.layer import Decoder
+from apb.bench.prefill.link import Link
+from apb.bench.prefill.memory import cache_bytes, weight_bytes
+from apb.bench.prefill.record import PrefillRow
+from apb.bench.prefill.share import Share
+from apb.context import Trace
+from apb.memory import PeakMemory
+from apb.methods import Method, Ring
+from apb.parallel import LoneHost
+from apb.parallel.host import Counters
+
+__all__ = ["run_one"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Timed:
+    """One host alone.
+
+    Attributes:
+        layers: of each repeat, a layer's phases in milliseconds, "layer" the whole.
+        questions: the same of the question's pass, without messages.
+        logits_ms: the last norm and the output embedding.
+        sent: what a layer of the prefill sends, and what one of the question's pass.
+        peak_bytes: with one layer's cache, beyond the weights.
+    """
+
+    layers: list[dict[str, float]]
+    questions: list[dict[str, float]]
+    logits_ms: float
+    sent: tuple[Counters, Counters]
+    peak_bytes: int
+
+
+def run_one(case: Case, *, repeats: int, link: Link, on_progress: Callable[[str], None]) -> PrefillRow:
+    """Time every host of a case on one device and put them together; `load` is each host's layer.
+
+    Args:
+        case: what to run.
+        repeats: layers to time on each host, ≥ 1; one more warms up.
+        link: what messages cost.
+        on_progress: told which host's turn it is.
+
+    Raises:
+        ValueError: the method cannot run with these numbers.
+        torch.OutOfMemoryError: a host's share of one layer does not fit.
+    """
+    decoder = Decoder(case.shape, case.device, case.dtype)
+    method = case.method.prepare(case.shape, case.device, case.dtype)
+    hosts = []
+    for rank in range(case.hosts):
+        on_progress(f"rank {rank} of {case.hosts}")
+        hosts.append(_time_host(case, decoder, method, rank, repeats))
+    columns = _put_together(case, hosts, link)
+    notes = [f"{repeats} repeats", _link_note(case, link), _room_note(columns["peak_gbytes"], case.device)]
+    return replace(case.row("simulated", notes=", ".join(filter(None, notes))), **columns)
+
+
+def _time_host(case: Case, decoder: Decoder, method: Method, rank: int, repeats: int) -> _Timed:
+    """Run one host's share as layers in a row, the first of them to warm up, and the question's pass."""
+    host, memory = LoneHost(rank, case.hosts, case.device), PeakMemory(case.device)
+    new_trace = partial(Trace, timed=True, device=case.device)
+    share = Share(decoder, method, case.plan, host, caches=1)
+    counts = []
+    found: list[list[dict[str, float]]] = []
+    for run in (share.prefill, share.ask):
+        before = host.counters.copy()
+        run([new_trace()])
+        counts.append(host.counters.since(before))
+        traces = [new_trace() for _ in range(repeats)]
+        run(traces)
+        found.append([trace.phase_ms for trace in traces])
+    last = new_trace()
+    with last.phase("logits"):
+        share.ask([])
+    return _Timed(
+        layers=found[0],
+        questions=found[1],
+        logits_ms=last.phase_ms["logits"],
+        sent=(counts[0], counts[1]),
+        peak_bytes=memory.bytes,
+    )
+
+
+def _put_together(case: Case, hosts: list[_Timed], link: Link) -> dict[str, Any]:
+    """Return the row's columns from what each host took alone."""
+    layers = [_middle(host.layers) for host in hosts]
+    slowest = max(layers, key=lambda phases: phases["layer"])
+    messages = max(_messages_ms(host.sent[0], link) for host in hosts)
+    if isinstance(case.method, Ring):
+        messages = max(0.0, messages - sum(slowest.get(name, 0.0) for name in ("attend", "merge")))
+    columns = phase_columns(slowest, slowest["layer"] + messages, messages)
+    question = max(_middle(host.questions).get("layer", 0.0) for host in hosts)
+    question += max(_messages_ms(host.sent[1], link) for host in hosts)
+    asked = any(phases for host in hosts for phases in host.questions)  # else it has run along with the prefill
+    query_ms = case.shape.layers * question * asked + max(host.logits_ms for host in hosts)
+
+    def total(pick: Callable[..., float]) -> float:
+        layer = max(pick(phases["layer"] for phases in host.layers) for host in hosts)
+        return case.shape.layers * (layer + messages) + query_ms
+
+    kept = [cache_bytes(case.plan, rank, case.shape) for rank in range(case.hosts)]
+    more = [host.peak_bytes + (case.shape.layers - 1) * cache for host, cache in zip(hosts, kept, strict=True)]
+    return {
+        **columns,
+        "query_ms": query_ms,
+        "ttft_ms": case.shape.layers * columns["layer_ms"] + query_ms,
+        "low_ms": total(min),
+        "high_ms": total(max),
+        "peak_gbytes": (weight_bytes(case.method, case.shape) + max(more)) / 1e9,
+        "load": " ".join(f"{phases['layer']:.4g}" for phases in layers),
+    }
+
+
+def _link_note(case: Case, link: Link) -> str:
+    """Say what messages were charged."""
+    if case.hosts == 1:
+        return ""
+    return f"{link}{', sends under the attention' * isinstance(case.method, Ring)}"
+
+
+def _room_note(peak_gbytes: float, device: torch.device) -> str:
+    """Say so if all layers together would not fit on the device."""
+    if device.type != "cuda":
+        return ""
+    room = torch.cuda.get_device_properties(device).total_memory / 1e9
+    return f"needs more than the device's {room:.0f} GB" if peak_gbytes > room else ""
+
+
+def _messages_ms(counted: Counters, link: Link) -> float:
+    """Price a host's messages; it receives as much as it sends."""
+    return link.ms(sum(counted.messages.values()), sum(counted.sent_bytes.values()))
+
+
+def _middle(repeats: list[dict[str, float]]) -> dict[str, float]:
+    """Return the phases of the repeat whose layer took the median time, so that they belong together."""
+    ordered = sorted(repeats, key=lambda phases: phases.get("layer", 0.0))
+    return ordered[len(ordered) // 2]

@@ -1,0 +1,97 @@
+"""The prefill benchmark on CUDA: compiled pieces, simulated rows and their memory, and measured ones over NCCL."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from apb.bench.prefill import layer, measured, simulated
+from apb.bench.prefill.case import Case
+from apb.bench.prefill.link import NVLINK, measure_link
+from apb.bench.prefill.methods import PRESETS, line_up
+from apb.bench.prefill.record import PHASES
+from apb.bench.prefill.run import run_prefill
+from apb.bench.prefill.shapes import SHAPES
+from apb.parallel import run_processes
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
+
+CUDA = torch.device("cuda", 0)
+SHAPE = replace(SHAPES["llama-3.1-8b"], layers=2, vocab=1024)
+MS = [f"{name}_ms" for name in PHASES]
+
+
+def case(name, tokens, hosts):
+    (found,) = line_up([name], tokens, hosts)
+    return Case(
+        shape=SHAPE, tokens=tokens, hosts=found.hosts, label=name, method=found.make(), device=CUDA,
+        dtype=torch.bfloat16,
+    )  # fmt: skip
+
+
+def check_row(row):
+    assert all(math.isfinite(getattr(row, name)) for name in (*MS, "query_ms", "peak_gbytes"))
+    assert sum(getattr(row, name) for name in MS) == pytest.approx(row.layer_ms)
+    assert row.ttft_ms == pytest.approx(SHAPE.layers * row.layer_ms + row.query_ms)
+    assert 0 <= row.other_ms < 0.2 * row.layer_ms
+
+
+@pytest.mark.parametrize("rows", [1, 64, 1000, 4096])
+def test_compiled_pieces_are_the_plain_ones(rows):
+    model = layer.Decoder(SHAPE, CUDA, torch.bfloat16)
+    norm, rotate, gate = layer._elementwise(True)
+    x = torch.randn(rows, SHAPE.hidden, device=CUDA, dtype=torch.bfloat16)
+    q = x.view(1, rows, SHAPE.heads, SHAPE.head_dim)
+    rope = model.rope(torch.arange(rows) + 100_000)
+    with torch.inference_mode():
+        for got, plain in (
+            (norm(x, model.norms[0]), layer.rms_norm(x, model.norms[0])),
+            (rotate(q, *rope), layer.rotate(q, *rope)),
+            (gate(x), layer.gate(x)),
+        ):
+            torch.testing.assert_close(got, plain, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_simulated_rows_are_whole_and_the_formula_says_their_memory(name):
+    """Within a quarter; MInference's estimate of where to look is in no formula."""
+    tokens, hosts = 32768, 4
+    row = simulated.run_one(case(name, tokens, hosts), repeats=3, link=NVLINK, on_progress=print)
+    print(row)
+    check_row(row)
+    if name != "minference":
+        weights = SHAPE.weight_bytes / 1e9
+        assert (row.peak_gbytes - weights) / (row.formula_gbytes - weights) == pytest.approx(1, abs=0.25)
+
+
+def test_the_exact_methods_on_one_host_take_what_flash_takes():
+    """A host alone computes what the method says it costs: no more, and not less for want of a group."""
+    times = {}
+    for name in ("flash", "ring", "ulysses"):
+        times[name] = simulated.run_one(case(name, 16384, 1), repeats=5, link=NVLINK, on_progress=print).layer_ms
+    assert max(times.values()) < 1.5 * min(times.values())
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize("name", ["flash", "ring-zigzag", "ulysses", "apb", "apb-balanced", "spava"])
+def test_measured_rows_are_whole(name):
+    row = measured.run_one(case(name, 16384, 2), repeats=3, on_progress=print)
+    print(row)
+    check_row(row)
+
+
+@pytest.mark.multigpu
+def test_a_link_between_gpus():
+    found = run_processes(2, measure_link, backend="nccl")
+    print(found[0])
+    assert found[0] == found[1] and 0 < found[0].latency_ms < 5 and found[0].gbytes_per_s > 1
+
+
+@pytest.mark.multigpu
+def test_a_host_that_runs_out_of_memory_is_a_row():
+    rows = []
+    names = ["flash", "apb"]  # 60 layers' keys and values of 4M tokens: 1 TB
+    run_prefill("yi-34b", [2**22], 2, names, "measured", 1, None, set(), rows.append, print)
+    assert [row.method for row in rows] == names
+    assert all("OutOfMemoryError" in row.notes and math.isnan(row.ttft_ms) for row in rows)
