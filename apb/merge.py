@@ -13,7 +13,7 @@ from torch import Tensor
 
 from apb.device import TRITON_INSTALLED, why_not_triton
 
-__all__ = ["MergeBackend", "merge", "merge_pair"]
+__all__ = ["MergeBackend", "merge", "merge_into", "merge_pair"]
 
 MergeBackend = Literal["auto", "torch", "triton"]
 
@@ -96,3 +96,30 @@ def merge_pair(
             f"and {list(lse1.shape)}, {list(lse2.shape)}"
         )
     return merge(torch.stack((out1, out2.to(out1.dtype))), torch.stack((lse1, lse2)))
+
+
+def merge_into(
+    out: Float[Tensor, "batch heads rows dim"],
+    lse: Float[Tensor, "batch heads rows"],
+    part: Float[Tensor, "batch heads rows dim"],
+    part_lse: Float[Tensor, "batch heads rows"],
+) -> None:
+    """Merge a part into `out` and `lse` as `merge_pair` does, in place; no gradient. On CUDA each is read once.
+
+    Args:
+        out: a partial output, float32 (or float64 on a CPU), of any strides.
+        lse: its LSE, natural log, float32.
+        part: another one, over other keys, in any dtype.
+        part_lse: its LSE.
+
+    Raises:
+        ValueError: as `merge`.
+    """
+    if out.is_cuda and TRITON_INSTALLED and out.dtype == torch.float32 and out.shape == part.shape:
+        from apb.kernels.merge import merge_into_rows
+
+        merge_into_rows(out, lse, part, part_lse)
+    else:
+        merged, merged_lse = merge_pair(out, lse, part, part_lse)
+        out.copy_(merged)
+        lse.copy_(merged_lse)

@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from apb.context import Context
-from apb.merge import merge_pair
+from apb.merge import merge_into
 from apb.methods import Ring, Ulysses
 from apb.methods.ulysses import split_heads
 from apb.parallel import run_threads
@@ -120,9 +120,9 @@ def test_a_ring_adds_up_in_float32_what_it_computed_in_half(layout, monkeypatch)
 
     def spied(*parts):
         merged.append([part.dtype for part in parts[:2]])
-        return merge_pair(*parts)
+        merge_into(*parts)
 
-    monkeypatch.setattr("apb.methods.ring.merge_pair", spied)
+    monkeypatch.setattr("apb.methods.ring.merge_into", spied)
     method, rows = Ring(layout=layout), peaked(1, 30, dtype=torch.bfloat16)
     out, _, _ = prefill_document(method, method.plan(tokens=30, hosts=3), rows)
     assert out.dtype == torch.bfloat16

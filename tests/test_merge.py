@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apb import reference
-from apb.merge import merge, merge_pair
+from apb.merge import merge, merge_into, merge_pair
 from apb.testing.tolerance import assert_lse_close
 
 NO_INTERPRETER = pytest.mark.skipif(torch.cuda.is_available(), reason="runs under the interpreter; see tests/gpu")
@@ -84,6 +84,30 @@ def test_an_empty_part_counts_for_nothing_even_if_it_holds_nan(backend):
     out, lse = merge(outs, lses, backend=backend)
     torch.testing.assert_close((out, lse), merge(outs[::2], lses[::2], backend=backend))
     torch.testing.assert_close(merge_pair(outs[0], lses[0], outs[1], lses[1]), (outs[0], lses[0]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(seed=SEEDS, dim=st.sampled_from([16, 80]), dtype=st.sampled_from([torch.float32, torch.float16]))
+def test_in_place_is_the_pairs_and_touches_nothing_else(backend, seed, dim, dtype):
+    outs, lses = draw_parts(seed, 2, (2, 11, 3, dim))
+    outs, lses = outs.transpose(2, 3), lses.mT  # rows lie together, as a model's do
+    lses[1, 0, 0], outs[1, 0, 0] = -INF, torch.nan
+    lses[0, 1, 1] = -INF
+    lses[:, 1, 2] = -INF
+    rows, part = slice(2, 9), outs[1].to(dtype)
+    expected, expected_lse = merge_pair(outs[0], lses[0], part, lses[1])
+    out, lse = outs[0].clone(), lses[0].clone()
+    arguments = out[:, :, rows], lse[:, :, rows], part[:, :, rows], lses[1][:, :, rows]
+    if backend == "triton":
+        from apb.kernels.merge import merge_into_rows
+
+        merge_into_rows(*arguments)
+    else:
+        merge_into(*arguments)
+    torch.testing.assert_close((out[:, :, rows], lse[:, :, rows]), (expected[:, :, rows], expected_lse[:, :, rows]))
+    for outside in (slice(0, 2), slice(9, None)):
+        assert torch.equal(out[:, :, outside], outs[0][:, :, outside])
+        assert torch.equal(lse[:, :, outside], lses[0][:, :, outside])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -227,8 +227,8 @@ def answer(q, keys, values):
 # %% [markdown]
 # ## What the library does for you
 #
-# - `APB(anchor=…, passing=…).attend` is `attend_by_hand` with the second layout, the running question, traces and
-#   checks.
+# - `APB(anchor=…, passing=…).attend` is `attend_by_hand` with the second layout, a split anchor, the running question,
+#   traces and checks.
 # - `apb generate --model … --document FILE --query TEXT --hosts N` runs all this from the command line, and under
 #   `torchrun` on several GPUs.
 #

@@ -1,16 +1,20 @@
-"""Turn the tutorials into pages of the documentation, with what each cell printed.
+"""Turn the tutorials into pages of the documentation, with what each cell printed and drew, and into notebooks.
 
-    python tutorials/to_pages.py            # writes docs/tutorials/<name>.md for each tutorials/<number>_<name>.py
+    python tutorials/to_pages.py    # docs/tutorials/<name>.md and .ipynb for each tutorials/<number>_<name>.py
 
-A tutorial that raises ends the build. A page is made anew only when its tutorial, this file or the package changed.
+A tutorial that raises ends the build. A page is made anew only when its tutorial, this file, the package or the ledgers
+changed. Figures of matplotlib that a cell leaves open become pictures; their labels say what is to be seen.
 """
 
 import contextlib
+import html
 import io
+import json
 import os
 import re
 import subprocess
 import sys
+from base64 import b64encode
 from hashlib import sha256
 from pathlib import Path
 
@@ -47,14 +51,44 @@ def run_page(path: Path) -> str:
         parts.append(code)
         if printed.getvalue():
             parts.append(f'```text title="Output"\n{printed.getvalue().rstrip()}\n```')
+        parts += open_figures()
     name = path.relative_to(ROOT)
-    parts.append(f"*This page is the file `{name}`, executed. Run it with `python {name}`, or open it as a notebook.*")
+    parts.append(
+        f"*This page is the file `{name}`, executed. Run it with `python {name}`, or take it as "
+        f"[a notebook]({path.stem}.ipynb).*"
+    )
     return "\n\n".join(parts) + "\n"
+
+
+def open_figures() -> list[str]:
+    """Return the figures that stand open as pictures of the page, and close them."""
+    pyplot, found = sys.modules.get("matplotlib.pyplot"), []
+    for number in pyplot.get_fignums() if pyplot else ():
+        figure, picture = pyplot.figure(number), io.BytesIO()
+        figure.savefig(picture, format="svg", metadata={"Date": None})
+        data = b64encode(picture.getvalue()).decode()
+        alt = html.escape(str(figure.get_label()), quote=True)
+        found.append(f'<img alt="{alt}" src="data:image/svg+xml;base64,{data}">')
+        pyplot.close(figure)
+    return found
+
+
+def notebook(text: str) -> str:
+    """Return a percent-format file as a notebook without outputs."""
+    cells = []
+    for number, (kind, _, body) in enumerate(read_cells(text)):
+        markdown = kind == "[markdown]"
+        source = re.sub(r"^# ?", "", body, flags=re.MULTILINE) if markdown else body.strip()
+        hidden = {"jupyter": {"source_hidden": True}} if "answer" in kind else {}
+        cell = {"cell_type": "markdown" if markdown else "code", "id": f"cell-{number}", "metadata": hidden}
+        cells.append(cell | {"source": source} | ({} if markdown else {"execution_count": None, "outputs": []}))
+    kernel = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+    return json.dumps({"cells": cells, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}, indent=1) + "\n"
 
 
 def main() -> None:
     """Write the pages that are missing or out of date."""
-    sources = [Path(__file__), *sorted((ROOT / "apb").rglob("*.py"))]
+    sources = [Path(__file__), *sorted((ROOT / "apb").rglob("*.py")), *sorted((ROOT / "benchmarks").glob("*.csv"))]
     package = sha256(b"".join(source.read_bytes() for source in sources))
     for path in sorted(ROOT.glob("tutorials/[0-9]*.py")):
         digest = package.copy()
@@ -73,6 +107,7 @@ def main() -> None:
         if child.returncode:
             sys.exit(f"{path.relative_to(ROOT)} failed; its page was not made")
         PAGES.mkdir(parents=True, exist_ok=True)
+        page.with_suffix(".ipynb").write_text(notebook(path.read_text()))
         page.write_text(stamp + child.stdout)
         print(f"wrote {page.relative_to(ROOT)}")
 

@@ -45,6 +45,7 @@ __all__ = [
     "report_masked_flash",
     "report_masked_flash_backward",
     "report_merge",
+    "report_merge_into",
     "report_vertical_slash",
     "what",
 ]
@@ -236,6 +237,15 @@ def report_merge(dim: int, capability: int) -> Report:
     return compile_kernel(merge.merge_kernel, types, constants, capability=capability, warps=4, stages=3)
 
 
+def report_merge_into(dim: int, capability: int) -> Report:
+    """Compile the merge in place for a bfloat16 part."""
+    block_d = triton.next_power_of_2(dim)
+    types = {"out": "*fp32", "lse": "*fp32", "part": "*bf16", "part_lse": "*fp32"}
+    constants = {"stride_od": 1, "stride_ln": 1, "stride_pd": 1, "stride_mn": 1, "D": dim, "BLOCK_D": block_d}
+    constants["BLOCK_ROWS"] = merge.merge_shape(2, block_d)[1]
+    return compile_kernel(merge.merge_into_kernel, types, constants, capability=capability, warps=4, stages=3)
+
+
 TRITON_NAME = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
@@ -268,6 +278,7 @@ def all_reports(capability: int, dims: Sequence[int] = (64, 128, 256)) -> Iterat
 
     yield from compress_reports(capability)
     yield what("merge", torch.float32, 128, capability) | asdict(report_merge(128, capability))
+    yield what("merge into", torch.bfloat16, 128, capability) | asdict(report_merge_into(128, capability))
 
 
 def what(kernel: str, dtype: torch.dtype, dim: int, capability: int) -> dict[str, Any]:

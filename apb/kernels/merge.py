@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["merge_kernel", "merge_partials", "merge_parts", "merge_shape"]
+__all__ = ["merge_into_kernel", "merge_into_rows", "merge_kernel", "merge_partials", "merge_parts", "merge_shape"]
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -96,3 +96,53 @@ def _merge_partials(outs: Tensor, lses: Tensor, dtype: torch.dtype) -> tuple[Ten
 @_merge_partials.register_fake
 def _(outs, lses, dtype):
     return outs.new_empty(outs.shape[1:], dtype=dtype), lses.new_empty(lses.shape[1:], dtype=torch.float32)
+
+
+@triton.jit(do_not_specialize=["heads", "rows", "all_rows"])
+def merge_into_kernel(
+    out, lse, part, part_lse, heads, rows, all_rows,
+    stride_ob, stride_oh, stride_on, stride_od, stride_lb, stride_lh, stride_ln,
+    stride_pb, stride_ph, stride_pn, stride_pd, stride_mb, stride_mh, stride_mn,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+):  # fmt: skip
+    """Merge BLOCK_ROWS rows of `part` into those of `out`."""
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    inside = row < all_rows
+    n, head, batch = row % rows, row // rows % heads, row // rows // heads
+    n, head, batch, dims = n.to(tl.int64), head.to(tl.int64), batch.to(tl.int64), tl.arange(0, BLOCK_D).to(tl.int64)
+    out_cells = out + (batch * stride_ob + head * stride_oh + n * stride_on)[:, None] + dims[None, :] * stride_od
+    part_cells = part + (batch * stride_pb + head * stride_ph + n * stride_pn)[:, None] + dims[None, :] * stride_pd
+    lse_cells = lse + batch * stride_lb + head * stride_lh + n * stride_ln
+    held = inside[:, None] & (dims < D)[None, :]
+    a = tl.load(lse_cells, mask=inside, other=float("-inf"))
+    b = tl.load(part_lse + batch * stride_mb + head * stride_mh + n * stride_mn, mask=inside, other=float("-inf"))
+    x, y = tl.load(out_cells, mask=held, other=0.0), tl.load(part_cells, mask=held, other=0.0).to(tl.float32)
+    peak = tl.maximum(a, b)
+    empty = peak == float("-inf")
+    base = tl.where(empty, 0.0, peak)  # (−inf) − (−inf) would be NaN
+    weight_a, weight_b = tl.exp2((a - base) * LOG2_E), tl.exp2((b - base) * LOG2_E)
+    total = tl.where(empty, 1.0, weight_a + weight_b)
+    x = tl.where((weight_a > 0)[:, None], weight_a[:, None] * x, 0.0)  # an empty part may hold anything
+    y = tl.where((weight_b > 0)[:, None], weight_b[:, None] * y, 0.0)
+    tl.store(out_cells, (x + y) / total[:, None], mask=held)
+    tl.store(lse_cells, tl.where(empty, float("-inf"), base + tl.log2(total) / LOG2_E), mask=inside)
+
+
+@torch.library.custom_op("apb::merge_into_rows", mutates_args=("out", "lse"))
+def merge_into_rows(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+    """Merge part [batch, heads, rows, dim] and its LSE into float32 `out` and `lse`, in place."""
+    batch, heads, rows, dim = out.shape
+    block_d = triton.next_power_of_2(dim)
+    _, program_rows = merge_shape(2, block_d)
+    if out.numel():
+        with torch.cuda.device_of(out):
+            merge_into_kernel[(triton.cdiv(batch * heads * rows, program_rows),)](
+                out, lse, part, part_lse, heads, rows, batch * heads * rows,
+                *out.stride(), *lse.stride(), *part.stride(), *part_lse.stride(),
+                D=dim, BLOCK_D=block_d, BLOCK_ROWS=program_rows, num_warps=4,
+            )  # fmt: skip
+
+
+@merge_into_rows.register_fake
+def _(out, lse, part, part_lse):
+    return None

@@ -164,23 +164,22 @@ class APB(Method):
 
         outs, (ka, va) = self._attend_anchor(q, k, v, passing, context)
         for block, span in zip(share.blocks, share.block_spans, strict=True):
+            seen = ka.shape[2] if block.sees_anchor else 0
             with trace.phase("pass"):
                 received = [message.chunk(2, dim=-1) for message in passing.received(block)]
-            seen = ka.shape[2] if block.sees_anchor else 0
+                keys, values = (
+                    torch.cat((anchor[:, :, :seen], *parts, mine[:, :, span]), dim=2)
+                    for anchor, parts, mine in zip((ka, va), zip(*received, strict=True), (k, v), strict=True)
+                )
             # The anchor's rows ride with the first block that sees them, unless they have attended already.
-            first = 0 if seen and not outs else span.start
-            keys, values = (
-                torch.cat((anchor[:, :, :seen], *parts, mine[:, :, span]), dim=2)
-                for anchor, parts, mine in zip((ka, va), zip(*received, strict=True), (k, v), strict=True)
-            )
+            rows = q[:, :, 0 if seen and not outs else span.start : span.stop]
             passed = keys.shape[2] - seen - block.tokens
-            rows = q[:, :, first : span.stop]
             outs.append(self.masked(rows, keys, values, context, anchor_tokens=seen, passing_tokens=passed)[0])
         with trace.phase("pass"):
             passing.finish()
             if running is not None:
                 outs.append(running.wait())
-        return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
+            return outs[0] if len(outs) == 1 else _join(outs)
 
     def _attend_anchor(
         self, q: Tensor, k: Tensor, v: Tensor, passing: PassingBlocks, context: Context
@@ -194,11 +193,13 @@ class APB(Method):
             return [self.masked(q[:, :, anchor], ka, va, context)[0]] if alone else [], (ka, va)
         with context.trace.phase("pass"):
             ka, va = passing.anchor().chunk(2, dim=-1)
-        outs = []
-        for start, stop in share.anchor_spans:
-            rows = q[:, :, share.anchor_slice(start, stop)]
-            outs.append(self.masked(rows, ka[:, :, :stop], va[:, :, :stop], context)[0])
-        return outs, (ka, va)
+        if not share.anchor_spans:
+            return [], (ka, va)
+        # Two spans are APB's mask: the first is causal, the second sees it, what lies between (passing), and itself.
+        (_, near), (far, stop) = share.anchor_spans[0], share.anchor_spans[-1]
+        spans = {"anchor_tokens": near, "passing_tokens": far - near} if far >= near else {}
+        rows = q[:, :, : share.anchor_rows]
+        return [self.masked(rows, ka[:, :, :stop], va[:, :, :stop], context, **spans)[0]], (ka, va)
 
     def _check_needs(self, context: Context) -> None:
         """Check that every host has what the compressor reads; the outcome is the same on all of them."""
@@ -269,6 +270,11 @@ class APB(Method):
             scale=context.scale,
             backend=self.dense_backend,
         )
+
+
+def _join(outs: list[Tensor]) -> Tensor:
+    """Join outputs row after row, a row's heads side by side in memory, as kernels leave them and models take them."""
+    return torch.cat([out.transpose(1, 2) for out in outs], dim=1).transpose(1, 2)
 
 
 def _runs(x: Tensor, spans: list[slice]) -> Tensor:

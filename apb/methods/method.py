@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar, get_args
 
 import torch
@@ -193,7 +194,7 @@ class Method(ABC):
 
     def check_plan(self, plan: ContextPlan) -> None:
         """Raise unless `plan` is of the kind that this method makes: another's rows would be attended to wrongly."""
-        own = self.plan(tokens=plan.tokens, hosts=plan.hosts, query=plan.query)
+        own = _own_plan(self, plan.tokens, plan.hosts, plan.query)
         for name in ("layout", "shared_prefix", "reuse_positions", "split_anchor", "split_anchor_cache"):
             if getattr(own, name) != getattr(plan, name):
                 raise ValueError(
@@ -206,3 +207,9 @@ class Method(ABC):
                 f"plan: {type(self).__name__} takes {'no anchor and ' * self.exact}no query in the prefill, got an "
                 f"anchor of {plan.anchor} and query_in={plan.query_in!r}; make the plan with this method's plan(…)"
             )
+
+
+@lru_cache(maxsize=64)
+def _own_plan(method: Method, tokens: int, hosts: int, query: int) -> ContextPlan:
+    """Return a method's own plan; every layer asks for it."""
+    return method.plan(tokens=tokens, hosts=hosts, query=query)

@@ -14,7 +14,7 @@ from torch import Tensor
 from apb.attend import Backend
 from apb.context import Context
 from apb.costs import HostCost, ModelShape, host_cost
-from apb.merge import merge_pair
+from apb.merge import merge_into
 from apb.methods.method import Method, check_choice
 from apb.plan import ContextPlan, Layout, plan_context
 
@@ -57,7 +57,7 @@ class Ring(Method):
                 k, v = message[:, :, :columns].chunk(2, dim=-1)
                 part = self.full(q[:, :, rows], k, v, context)
                 with context.trace.phase("merge"):
-                    out[:, :, rows], lse[:, :, rows] = merge_pair(out[:, :, rows], lse[:, :, rows], *part)
+                    merge_into(out[:, :, rows], lse[:, :, rows], *part)
         return out.to(q.dtype)
 
     def cost(self, plan: ContextPlan, rank: int, shape: ModelShape) -> HostCost:

@@ -104,11 +104,11 @@ class PassingBlocks:
             )
         parts = [self._nothing]
         if self._nothing.requires_grad:  # every block's backward pass reaches the gathers, also one that reads nothing
-            slot = self.plan.host(self.host.rank).blocks.index(block)
+            slot = block.index // self.plan.hosts
             parts = [message[:, :, :0] for message in self._gathers[slot].wait()[:1]]
         for earlier in self.plan.blocks[: block.index]:
             sender = self.plan.host(earlier.rank)
-            slot = sender.blocks.index(earlier)
+            slot = earlier.index // self.plan.hosts
             first = sender.anchor_rows if self.plan.split_anchor and slot == 0 else 0
             parts.append(self._gathers[slot].wait()[earlier.rank][:, :, first : first + earlier.kept_tokens])
         return parts

@@ -115,15 +115,20 @@ class ProcessGroupHost(Host):
     def _start_all_gather(self, x: Tensor, what: str) -> Callable[[], list[Tensor]]:
         received = torch.empty((self.world_size, *x.shape), dtype=x.dtype, device=x.device)
         start = partial(_gather_bytes, _as_bytes(received), _as_bytes(x)) if x.numel() else None
-        return self._start(start, x, list(received), what)
+        return self._start(start, [x], list(received), what)
 
     def _start_all_to_all(
         self, parts: dict[int, Tensor], shapes: dict[int, torch.Size], what: str
     ) -> Callable[[], list[Tensor]]:
-        # An exchange goes this way too. NCCL sends nothing where nothing is split off; and the wait for gloo's isend
-        # and irecv cannot be cut into short ones, since the first to time out closes the connection.
         ranks = range(self.world_size)
         going, coming = sorted(parts), sorted(shapes)
+        if self.device.type == "cuda":  # NCCL sends from where the parts lie, and nothing where there is nothing
+            some = parts[going[0]]
+            arrived = {rank: torch.empty(shapes[rank], dtype=some.dtype, device=some.device) for rank in coming}
+            outs, ins = ([_as_bytes(x.get(rank, some[:0])) for rank in ranks] for x in (arrived, parts))
+            return self._start(partial(dist.all_to_all, outs, ins), list(parts.values()), list(arrived.values()), what)
+        # An exchange goes this way too: the wait for gloo's isend and irecv cannot be cut into short ones, since the
+        # first to time out closes the connection.
         sent = torch.cat([parts[rank].reshape(-1) for rank in going]) if len(going) > 1 else parts[going[0]]
         received = torch.empty(sum(shapes[rank].numel() for rank in coming), dtype=sent.dtype, device=sent.device)
         sizes_out = [parts[rank].numel() * sent.itemsize if rank in parts else 0 for rank in ranks]
@@ -131,10 +136,10 @@ class ProcessGroupHost(Host):
         start = partial(dist.all_to_all_single, _as_bytes(received), _as_bytes(sent), sizes_in, sizes_out)
         pieces = received.split([shapes[rank].numel() for rank in coming])
         results = [piece.view(shapes[rank]) for piece, rank in zip(pieces, coming, strict=True)]
-        return self._start(start, sent, results, what)
+        return self._start(start, [sent], results, what)
 
     def _start(
-        self, start: Callable[..., Any] | None, sent: Tensor, received: list[Tensor], what: str
+        self, start: Callable[..., Any] | None, sent: list[Tensor], received: list[Tensor], what: str
     ) -> Callable[[], list[Tensor]]:
         """Number a collective, start it (None: nothing to send), and return what waits for it, yielding `received`."""
         self.check()
@@ -163,7 +168,7 @@ class ProcessGroupHost(Host):
                 return received
             work.wait()
             stream = torch.cuda.current_stream(self.device)
-            for tensor in (sent, *received):  # this stream may not be the one they were allocated on
+            for tensor in (*sent, *received):  # this stream may not be the one they were allocated on
                 tensor.record_stream(stream)
             if self._watched:  # an event rather than the work, which would hold on to the tensors
                 self._under_way[number] = (stream.record_event().query, name)

@@ -165,8 +165,8 @@ BUGS = (
     Bug(
         name="a share of the anchor whose rows see what follows it",
         file="methods/apb.py",
-        old="ka[:, :, :stop], va[:, :, :stop]",
-        new="ka, va",
+        old='"passing_tokens": far - near',
+        new='"passing_tokens": 0',
         tests="tests/test_apb_laws.py -k splitting",
     ),
     Bug(

@@ -7,7 +7,7 @@ from attention_cases import assert_attention, draw_inputs
 from apb.attend import decode_attention
 from apb.bench.decode import Layer
 from apb.kernels import decode
-from apb.merge import merge
+from apb.merge import merge, merge_into, merge_pair
 from apb.reference import apb_mask
 
 pytestmark = pytest.mark.gpu
@@ -104,6 +104,19 @@ def test_compiled_without_breaks():
     lengths = torch.tensor([3000, 7], dtype=torch.int32, device="cuda")
     torch.testing.assert_close(torch.compile(step, fullgraph=True)(q, k, v, lengths), step(q, k, v, lengths))
     torch.library.opcheck(torch.ops.apb.split_kv_decode.default, (q, k, v, False, 0.1, lengths))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_merge_in_place_is_the_pairs(dtype):
+    whole, part = (torch.randn(2, 3000, 8, 128, device="cuda").transpose(1, 2) for _ in range(2))
+    lse, part_lse = (20 * torch.randn(2, 8, 3000, device="cuda") for _ in range(2))
+    part[:, 3], part_lse[:, 3], lse[:, 5] = torch.nan, -torch.inf, -torch.inf
+    part, rows = part.to(dtype), slice(1000, 2777)
+    out, found = whole.clone(), lse.clone()
+    merge_into(out[:, :, rows], found[:, :, rows], part[:, :, rows], part_lse[:, :, rows])
+    expected = merge_pair(*(x[:, :, rows].cpu() for x in (whole, lse, part, part_lse)))
+    torch.testing.assert_close((out[:, :, rows].cpu(), found[:, :, rows].cpu()), expected, atol=2e-5, rtol=2e-5)
+    assert torch.equal(out[:, :, :1000], whole[:, :, :1000]) and torch.equal(out[:, :, 2777:], whole[:, :, 2777:])
 
 
 @pytest.mark.parametrize(("parts", "rows"), [(2, 3000), (8, 1), (9, 5), (33, 1)])
