@@ -81,10 +81,10 @@ def _start_clock(device: torch.device) -> Callable[[], Callable[[], float]]:
     """Start a clock; calling it stops it and returns what reads it."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+        start.record(torch.cuda.current_stream(device))
 
         def stop() -> Callable[[], float]:
-            end.record()
+            end.record(torch.cuda.current_stream(device))
             return lambda: end.synchronize() or start.elapsed_time(end)
 
         return stop

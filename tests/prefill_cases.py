@@ -31,7 +31,7 @@ def prefill_and_ask(host, model, method, plan):
     """Run one host's share with all layers; return the first logits."""
     share = Share(model, method, plan, host, caches=model.shape.layers)
     traces = [Trace()] * model.shape.layers
-    share.prefill(traces)
+    share.prefill(traces).check()
     return share.ask(traces)
 
 

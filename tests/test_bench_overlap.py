@@ -76,6 +76,7 @@ def test_a_trace_is_reduced_to_what_ran_on_the_device_in_the_last_step():
         event("Memcpy DtoD (Device -> Device)", "gpu_memcpy", 103.0),
         event("void at::native::CatArrayBatchedCopy<c10::BFloat16>", "kernel", 104.0),
         event("gather_kernel", "kernel", 102.0),
+        event("at::cuda::(anonymous namespace)::spin_kernel(long)", "kernel", 96.0),  # what it was queued behind
         event("void at::native::elementwise<x>", "kernel", 115.0),
     ]}  # fmt: skip
     found = spans_of(trace)

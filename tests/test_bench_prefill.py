@@ -9,10 +9,10 @@ from prefill_cases import CPU, SPREAD, TINY, contender, decoder
 
 from apb.bench.prefill import counted, measured, run, simulated
 from apb.bench.prefill.case import Case, phase_columns
-from apb.bench.prefill.link import Link
+from apb.bench.prefill.link import NVLINK, Link
 from apb.bench.prefill.methods import PRESETS, QUERY_TOKENS, line_up
 from apb.bench.prefill.record import PHASES
-from apb.bench.prefill.run import run_prefill
+from apb.bench.prefill.run import cases, run_prefill
 from apb.bench.prefill.share import Share
 from apb.bench.prefill.store import key
 from apb.context import Trace
@@ -35,11 +35,13 @@ def quiet(text):
     pass
 
 
-def run_rows(*arguments, known=(), mode="counted", hosts=2, repeats=1):
+def run_rows(*arguments, known=(), mode="counted", hosts=2, repeats=1, **more):
     """Run and return the rows, in the order in which they came, and what was said."""
     rows, said = [], []
     shape, tokens, names = arguments
-    run_prefill(shape, tokens, hosts, names, mode, repeats, None, set(known), rows.append, said.append, device=CPU)
+    run_prefill(
+        shape, tokens, hosts, names, mode, repeats, None, set(known), rows.append, said.append, device=CPU, **more
+    )
     return rows, said
 
 
@@ -84,6 +86,7 @@ def test_simulated_rows_are_whole(name):
     assert said == [f"rank {rank} of {one.hosts}" for rank in range(one.hosts)]
     assert row.compress_ms > 0 or not name.startswith(("apb", "spava"))
     assert (str(LINK) in row.notes) == (one.hosts > 1)
+    assert ("density 1.00" in row.notes) == (name == "minference")  # so few tokens are attended to exactly
 
 
 @pytest.mark.parametrize("name", SPREAD)
@@ -120,12 +123,18 @@ def test_the_slowest_host_is_the_layer():
         phases = [{"layer": ms, "attend": attend, "qkv": 1.0, "pass": 0.5} for ms in (layer, layer + 2, layer - 1)]
         none = simulated.Counters()
         return simulated._Timed(layers=phases, questions=[{"layer": 0.25}], logits_ms=0.5, sent=(none, none),
-                                peak_bytes=0)  # fmt: skip
+                                peak_bytes=0, queued_ms=1.0, density="")  # fmt: skip
 
     columns = simulated._put_together(case("star"), [host(10.0, 4.0), host(20.0, 7.0)], LINK)
     assert (columns["layer_ms"], columns["attention_ms"], columns["other_ms"]) == (20.0, 7.0, 11.5)
     assert (columns["ttft_ms"], columns["low_ms"], columns["high_ms"]) == (41.0, 39.0, 45.0)
     assert columns["load"] == "10 20"
+
+
+def test_what_python_keeps_waiting_is_said():
+    one = replace(case("star"), device=torch.device("cuda", 0))
+    assert one.wait_note(9.0, 10.0) == "waits for Python: 9 ms a layer"
+    assert not one.wait_note(7.0, 10.0) and not case("star").wait_note(9.0, 10.0)
 
 
 def test_phases_go_into_the_papers_columns():
@@ -156,7 +165,7 @@ def under_torchrun(host, names, known):
 def test_ranks_of_torchrun_go_through_one_loop():
     """A one-host method, one that is known (to rank 0 only), one that cannot run, one that can: rank 0 tells of all."""
     (row,), _ = run_rows("tiny", [512], ["star"], mode="counted")
-    known = {key(replace(row, mode="measured"))}
+    known = {key(replace(row, mode="measured", backend="sdpa", dtype="float32"))}
     names = ["flash", "star", "apb:compressor=retaining-head", "apb:anchor=9999", "ring"]
     with pytest.raises(ValueError, match="heads: the retaining head needs a checkpoint"):
         run_rows("tiny", [512], names)
@@ -219,6 +228,24 @@ def test_a_run_leaves_out_what_is_known_and_one_host_methods_run_once():
     known = {key(row) for row in rows if row.method != "ring"}
     again, _ = run_rows("tiny", [512, 1024], names, known=known, mode="simulated", hosts=[2, 3])
     assert [key(row) for row in again] == [key(row) for row in rows if row.method == "ring"]
+
+
+def test_rows_are_known_by_backend_precision_and_link():
+    """ "auto" is told by what it takes; what is on one host has no link, and what is counted no backend."""
+    asked = ("tiny", [512], ["flash", "ring", "star:backend=reference"])
+    rows, _ = run_rows(*asked, mode="simulated")
+    assert [row.backend for row in rows] == ["sdpa", "sdpa", "reference"]
+    assert [row.link for row in rows] == ["", str(NVLINK), str(NVLINK)] and {row.dtype for row in rows} == {"float32"}
+    assert all("fitted between 2 hosts" in row.notes for row in rows[1:])
+    known = {key(row) for row in rows}
+    assert run_rows(*asked, mode="simulated", known=known) == ([], [])
+    others, _ = run_rows(*asked, mode="simulated", known=known, backend="reference")
+    assert [(row.method, row.backend) for row in others] == [("flash", "reference"), ("ring", "reference")]
+    others, _ = run_rows(*asked, mode="simulated", known=known, dtype=torch.bfloat16)
+    assert [row.dtype for row in others] == ["bfloat16"] * 3
+    assert {(row.backend, row.link, row.dtype) for row in run_rows(*asked)[0]} == {("", "", "bfloat16")}
+    cuda = cases("tiny", [512], [2], ["apb", "apb:backend=hopper"], "simulated", LINK, device=CPU)
+    assert [found.backend for found in cuda] == ["sdpa", "hopper"] and {found.link for found in cuda} == {str(LINK)}
 
 
 @pytest.mark.parametrize("mode", ["counted", "simulated"])

@@ -1,6 +1,7 @@
 """What the prefill benchmark runs is a prefill: the logits of a plain decoder; its budgets, its memory, its link."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from apb.bench.prefill.link import NVLINK, Link, fit_link, measure_link
 from apb.bench.prefill.methods import PRESETS, RandomHead, line_up
 from apb.bench.prefill.shapes import SHAPES
 from apb.bench.prefill.share import Share
+from apb.compress import SnapKV
 from apb.context import Trace
 from apb.hf import share_weights
 from apb.parallel import LoneHost, run_threads
@@ -148,6 +150,33 @@ def test_a_decoder_weighs_what_its_shape_says():
     assert sum(x.nbytes for x in (*head.fc1, *head.fc2)) == RandomHead.weight_bytes(model.shape)
 
 
+@given(rows=st.integers(0, 10**6), most=st.integers(1, 20_000))
+def test_chunks_of_the_ffn_are_even_and_as_few_as_they_can_be(rows, most):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layer, "FFN_ROWS", most)
+        chunks = [len(chunk) for chunk in torch.empty(rows, 0).split(layer.ffn_rows(rows))]
+    assert sum(chunks) == rows and max(chunks) <= most and len(chunks) == max(1, -(-rows // most))
+    assert max(chunks) - min(chunks) < len(chunks)
+
+
+def test_what_is_compiled_is_compiled_once_for_all_lengths_and_methods(monkeypatch):
+    compiled = []
+
+    def count(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    pieces = layer._elementwise(count)
+    monkeypatch.setattr(layer, "_elementwise", lambda backend: pieces)
+    model = decoder()
+    for name, tokens, hosts in (("apb-balanced", 517, 2), ("flash", 300, 1), ("ring", 901, 3), ("spava", 620, 2)):
+        method, plan = contender(name, tokens, hosts, model)
+        for rank in range(hosts):
+            assert prefill_and_ask(LoneHost(rank, hosts), model, method, plan).isfinite().all()
+    assert len(compiled) == len(pieces) == 4
+
+
 # Budgets and the line-up.
 
 
@@ -163,8 +192,17 @@ def test_presets_have_the_papers_budgets():
     assert passed == [7 * 2048, 15 * 1024]
     (long,) = line_up(["apb"], 524288, 8)
     assert long.make().anchor == 8192
-    (other,) = line_up(["apb:passing=512"], 131072, 8)
-    assert (other.label, other.make().passing, other.make().anchor) == ("apb:passing=512", 512, None)
+
+
+def test_settings_leave_the_rest_of_a_preset_as_it_is():
+    names = ["apb:passing=512", "apb-balanced: anchor=1024,backend=hopper", "apb:compressor=snapkv", "ape:scale=1"]
+    other, balanced, snap, ape = line_up(names, 131072, 8, backend="sdpa")
+    plain = {one.label: one.make() for one in line_up(PRESETS, 131072, 8, backend="sdpa")}
+    assert (other.label, other.backend, other.hosts) == ("apb:passing=512", "sdpa", 8)
+    assert other.make() == replace(plain["apb"], passing=512)
+    assert balanced.make() == replace(plain["apb-balanced"], anchor=1024, backend="hopper")
+    assert balanced.backend == "hopper" and ape.make() == replace(plain["ape"], scale=1.0)
+    assert snap.make() == replace(plain["apb"], compressor=SnapKV())
 
 
 def test_the_random_head_is_no_head_before_it_is_prepared():
@@ -182,32 +220,30 @@ def fused(monkeypatch):
     def masked(q, k, v, **settings):
         return torch.zeros_like(q), q.new_zeros(q.shape[:-1])
 
-    def merge_pair(out, lse, other, other_lse):
-        return torch.stack((out, other.to(out.dtype)))[0].clone(), lse
-
     monkeypatch.setattr("apb.methods.method.masked_attention", masked)
     monkeypatch.setattr("apb.methods.method.decode_attention", masked)
-    monkeypatch.setattr("apb.methods.ring.merge_pair", merge_pair)
+    monkeypatch.setattr("apb.methods.ring.merge_into", lambda *parts: None)
     monkeypatch.setattr("apb.compress.retaining_head.head_scores", lambda p, fc1, fc2: p.k[..., 0].clone())
-    pieces = (lambda x, weight: x.clone(), lambda x, *rope: x.clone(), lambda x: x.chunk(2, dim=-1)[0].clone())
-    monkeypatch.setattr(layer, "_elementwise", lambda compiled: pieces)
+    turn = lambda x, *rope: x.clone()  # noqa: E731
+    pieces = (lambda x, weight: x.clone(), turn, turn, lambda x: x.chunk(2, dim=-1)[0].clone())
+    monkeypatch.setattr(layer, "_elementwise", lambda backend: pieces)
 
 
 @pytest.mark.parametrize("rows", [300, 16384])
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_formula_of_the_peak_is_what_tensors_take(name, rows, fused, monkeypatch):
     """Within a seventh: Ulysses' messages are charged as a process group packs them, which a lone host does not."""
-    for module in (layer, memory):
-        monkeypatch.setattr(module, "FFN_ROWS", rows)
+    monkeypatch.setattr(layer, "FFN_ROWS", rows)
     model = decoder()
     method, plan = contender(name, 4096, 4, model)
     (one,) = line_up([name], 4096, 4)
     taken, formula = [], []
     for rank in range(plan.hosts):
         with LiveBytes() as live:
-            share = Share(model, method, plan, LoneHost(rank, plan.hosts), caches=model.shape.layers)
+            host = LoneHost(rank, plan.hosts)
+            share = Share(model, method, plan, host, caches=model.shape.layers)
             share.prefill([Trace()] * 2)
-        taken.append(live.peak)
+        taken.append(live.peak - host.noise_bytes)
         whole = memory.host_peak_bytes(one.make(), plan, rank, model.shape)
         formula.append(whole - memory.weight_bytes(one.make(), model.shape))
         del share

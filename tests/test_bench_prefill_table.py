@@ -109,7 +109,7 @@ def test_a_file_of_other_columns_is_refused_and_left_alone(tmp_path):
 def test_what_is_done_has_figures_and_is_of_this_device():
     rows = [row(), row(hosts=4), lost(), row("star"), lost("star", hosts=8), lost("ape"), row("ape", hosts=1)]
     rows += [row("ring", device="another"), row("ring", mode="counted"), lost("ulysses", mode="counted")]
-    found = {(mode, hosts, method) for mode, _, _, hosts, method, _ in done(rows, "a GPU")}
+    found = {(one.mode, one.hosts, one.method) for one in done(rows, "a GPU")}
     assert found == {("simulated", 8, "apb"), ("simulated", 4, "apb"), ("simulated", 1, "ape"), ("counted", 8, "ring")}
     assert done(rows, "another") == {key(rows[7])} and failed(rows[2]) and not failed(rows[8])
     assert newest([row(), lost(), row(layer_ms=1.0)]) == [row(layer_ms=1.0), newest([lost()])[0]]
@@ -164,6 +164,16 @@ def test_the_figures_of_a_block():
     assert block.notes == ("flash: 5 repeats", "apb, ring: a link", "ulysses: ValueError: no")
     assert blocks([row(notes="a link"), row("ring", notes="a link")])[0].notes == ("a link",)
     assert blocks([lost(), row()])[0].tables[0].rows[1][5] == "–"  # flash has no time
+
+
+def test_one_method_by_two_backends_is_two_lines():
+    rows = [row("flash", hosts=1, dtype="bfloat16"), row(backend="triton", dtype="bfloat16")]
+    rows += [row(backend="hopper", dtype="bfloat16"), row("ring", link="a", dtype="bfloat16"), row(dtype="float32")]
+    block, single = blocks([*rows, row("ring", link="b", dtype="bfloat16", notes="slow")])
+    names = ["flash", "apb (triton)", "apb (hopper)", "ring (a)", "ring (b)"]
+    assert [line[0] for line in block.tables[0].rows] == [line[0] for line in block.tables[1].rows] == names
+    assert block.about.endswith("bfloat16, attention by hopper and triton") and block.notes == ("ring (b): slow",)
+    assert len(single.tables[0].rows) == 1 and single.about.endswith(", float32")
 
 
 def test_counted_rows_have_operations_for_times_whatever_the_device():
@@ -234,6 +244,10 @@ def test_speed_has_a_line_a_method(figures, tmp_path):
     assert lines["apb"] == [(2**15, pytest.approx(1e3 * 2**15 / 88)), (2**17, pytest.approx(1e3 * 2**17 / 648))]
     assert len(lines["flash"]) == 1 and lines.keys() == {"flash", "apb", "ring"}
     assert {"tiny, simulated on a GPU, 8 hosts", "32K", "128K"} <= set(texts(figures[0]))
+    listed = [row("minference", hosts=1, tokens=n) for n in (2**15, 2**17)]
+    for leave_out, drawn in (({}, False), ({"leave_out": ()}, True)):
+        speed(ledger() + listed, tmp_path / "a.svg", **leave_out)
+        assert ("minference" in {line.get_label() for line in figures.pop().axes[0].lines}) == drawn
     speed(ledger(), tmp_path / "a.svg", hosts=2)
     assert "tiny, simulated on a GPU, 2 hosts" in texts(figures[1])
 
@@ -271,8 +285,10 @@ def test_pictures_are_written_and_what_cannot_be_is_said(tmp_path):
             draw([], tmp_path / "a.png")
         with pytest.raises(ValueError, match=r"rows: expected some with times .* got 1 rows without times"):
             draw([row(mode="counted")], tmp_path / "a.png")
-        with pytest.raises(ValueError, match="expected one mode, device and shape, got measured, a GPU"):
+        with pytest.raises(ValueError, match="expected one mode, device, shape and precision, got measured, a GPU"):
             draw([row(), row(mode="measured")], tmp_path / "a.png")
+        with pytest.raises(ValueError, match="expected one backend and link of each method, got several of apb"):
+            draw([row(backend="triton"), row(backend="hopper")], tmp_path / "a.png")
         with pytest.raises(ValueError, match="svg"):
             draw([row()], tmp_path / "a.txt")
     with pytest.raises(ValueError, match="takes two lengths on 8 hosts, got 1"):

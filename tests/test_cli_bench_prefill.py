@@ -5,9 +5,11 @@ import types
 import pytest
 import torch
 
-from apb.bench.prefill.link import Link
-from apb.bench.prefill.methods import PRESETS, line_up
+from apb.bench.prefill import run as prefill_run
+from apb.bench.prefill.link import NVLINK, Link
+from apb.bench.prefill.methods import PRESETS
 from apb.bench.prefill.record import PrefillRow
+from apb.bench.prefill.run import cases
 from apb.bench.prefill.store import key, read
 from apb.cli import bench, bench_prefill, main
 
@@ -28,21 +30,21 @@ def engine(monkeypatch):
     def run_prefill(shape, tokens, hosts, names, mode, repeats, link, known, on_row, on_progress, **more):
         seen.calls.append({"shape": shape, "tokens": tokens, "hosts": hosts, "names": names, "mode": mode,
                            "repeats": repeats, "link": link, **more})  # fmt: skip
-        for length in tokens:
-            for count in hosts:
-                for one in line_up(names, length, count):
-                    case = {"mode": mode, "shape": shape, "tokens": length, "hosts": one.hosts, "method": one.label}
-                    row = PrefillRow(**RUN, **case, ttft_ms=7.0, layer_ms=1.0, tflop=3.0)
-                    if key(row) in known or key(row) in seen.ran:
-                        continue
-                    if one.label == seen.stop_before:
-                        raise KeyboardInterrupt
-                    on_progress(f"{one.label}, under way")
-                    seen.ran.append(key(row))
-                    on_row(PrefillRow(**RUN, **case, notes="ValueError: not now") if one.label in seen.fails else row)
+        for one in cases(shape, tokens, hosts, names, mode, link, **more):
+            row = PrefillRow(**(RUN | one._asdict()), ttft_ms=7.0, layer_ms=1.0, tflop=3.0)
+            assert key(row) == one
+            if one in known:
+                continue
+            if one.method == seen.stop_before:
+                raise KeyboardInterrupt
+            on_progress(f"{one.method}, under way")
+            seen.ran.append(one)
+            fails = one.method in seen.fails
+            on_row(PrefillRow(**(RUN | one._asdict()), notes="ValueError: not now") if fails else row)
 
     monkeypatch.setattr(bench_prefill, "run_prefill", run_prefill)
-    monkeypatch.setattr(bench_prefill, "run_environment", lambda device: RUN)
+    for module in (bench_prefill, prefill_run):
+        monkeypatch.setattr(module, "environment", lambda device: RUN)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     return seen
 
@@ -52,7 +54,7 @@ def prefill(*more):
 
 
 def names(seen):
-    ran = [method for *_, method, _ in seen.ran]
+    ran = [one.method for one in seen.ran]
     seen.ran.clear()
     return ran
 
@@ -61,15 +63,15 @@ def test_what_is_asked_for_reaches_the_engine(engine, capsys):
     assert prefill() == 0
     assert engine.calls[0] == {
         "shape": "llama-3.1-8b", "tokens": [1024], "hosts": [8], "names": list(PRESETS), "mode": "simulated",
-        "repeats": 5, "link": None, "device": torch.device("cuda", 0), "dtype": None,
+        "repeats": 5, "link": None, "device": torch.device("cuda", 0), "dtype": None, "backend": "auto",
     }  # fmt: skip
     assert main(["bench", "prefill", "--tokens", "2k", "1M", "77", "2K", "--hosts", "2", "4", "--shape", "yi-34b",
                  "--methods", "apb", "apb", "star:anchor=5", "--repeats", "2", "--link", "0.5,20", "--mode",
-                 "simulated", "--device", "cpu", "--dtype", "float16"]) == 0  # fmt: skip
+                 "simulated", "--device", "cpu", "--dtype", "float16", "--backend", "sdpa"]) == 0  # fmt: skip
     assert engine.calls[1] == {
         "shape": "yi-34b", "tokens": [2048, 2**20, 77], "hosts": [2, 4], "names": ["apb", "star:anchor=5"],
         "mode": "simulated", "repeats": 2, "link": Link(latency_ms=0.5, gbytes_per_s=20.0),
-        "device": torch.device("cpu"), "dtype": torch.float16,
+        "device": torch.device("cpu"), "dtype": torch.float16, "backend": "sdpa",
     }  # fmt: skip
     printed = capsys.readouterr()
     assert "yi-34b, 1M tokens, 2 hosts, simulated" in printed.out and "yi-34b, 77 tokens, 4 hosts" in printed.out
@@ -91,7 +93,8 @@ def test_a_run_goes_on_where_its_ledger_ends(engine, capsys, tmp_path):
     assert lines == ["apb", "ring", "flash"]
     assert prefill(*out, "--methods", "flash", "apb", "--again") == 0
     assert names(engine) == ["flash", "apb"] and len(read(tmp_path / "prefill.csv")) == 6
-    for change in (("--shape", "tiny"), ("--hosts", "4"), ("--mode", "counted"), ("--tokens", "2K")):
+    for change in (("--shape", "tiny"), ("--hosts", "4"), ("--mode", "counted"), ("--tokens", "2K"),
+                   ("--backend", "hopper"), ("--dtype", "float16"), ("--link", "0.5,20")):  # fmt: skip
         assert prefill(*out, "--methods", "apb", *change) == 0
         assert names(engine) == ["apb"]
     capsys.readouterr()
@@ -134,6 +137,24 @@ def test_only_the_first_of_torchruns_ranks_speaks_and_writes(engine, monkeypatch
     assert prefill("--out", str(tmp_path / "prefill.csv"), "--plot", str(tmp_path)) == 0
     printed = capsys.readouterr()
     assert not printed.out and not printed.err and not list(tmp_path.iterdir()) and engine.calls
+
+
+def test_pictures_show_rows_that_are_alike_and_minference_if_it_is_asked_for(engine, monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(bench_prefill, "_PICTURES", {"speed": lambda rows, path, **at: drawn.append((rows, at))})
+    run = ("--out", str(tmp_path / "prefill.csv"), "--plot", str(tmp_path))
+    for more in (("--backend", "hopper"), ("--dtype", "float16"), ("--link", "0.5,20")):
+        assert prefill(*run[:2], "--methods", "apb", "ring", *more) == 0
+    assert prefill(*run, "--methods", "apb:backend=hopper", "--backend", "triton") == 0
+    assert prefill(*run) == 0
+    (asked, at), (every, default) = drawn
+    assert {(row.method, row.backend) for row in asked} == {
+        (name, "hopper") for name in ("apb:backend=hopper", "apb", "ring")
+    }
+    assert at["leave_out"] == () and "leave_out" not in default
+    others = [(row.backend, row.dtype, row.link) for row in every if row.hosts > 1]
+    assert {row.method for row in every} == {*PRESETS}
+    assert set(others) == {("triton", "bfloat16", str(NVLINK))}
 
 
 def test_pictures_of_what_there_is(engine, capsys, tmp_path):
@@ -195,6 +216,13 @@ def test_under_torchrun_its_ranks_are_the_hosts(engine, monkeypatch, capsys, arg
     assert capsys.readouterr().err.startswith(f"apb bench: {said}")
 
 
+def test_hosts_that_are_measured_take_the_first_gpus(engine, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert prefill("--device", "cuda:1", "--hosts", "1") == 2
+    assert capsys.readouterr().err.startswith("apb bench: --device: measured hosts take the first GPUs, got 'cuda:1'")
+    assert prefill("--device", "cuda:1", "--mode", "simulated", "--methods", "apb") == 0
+
+
 def test_a_cpu_runs_a_real_shape_only_if_it_is_meant(engine, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert prefill("--mode", "simulated") == 2
@@ -230,6 +258,8 @@ def test_the_other_benchmarks_take_what_they_took(monkeypatch, capsys, tmp_path)
         assert main(["bench", name, "--quick", "--out", str(out), "--plot", str(plot)]) == 0
     assert found == [f"apb.bench.{name.replace('-', '_')}" for name in bench._BENCHMARKS]
     assert calls == [{"quick": True, "out": out}] * len(found) and f"Drawn: {plot}" in capsys.readouterr().out
+    assert main(["bench", "end-to-end", "--methods", "apb", "star:anchor=5"]) == 0
+    assert calls[-1] == {"quick": False, "out": None, "methods": ["apb", "star:anchor=5"]}
     for arguments in (["speed"], [], ["kernel", "--tokens", "1K"]):
         with pytest.raises(SystemExit) as caught:
             main(["bench", *arguments])

@@ -51,26 +51,50 @@ def test_alone_a_host_gets_what_it_gets_among_others(name, hosts):
     sizes=st.lists(st.tuples(st.integers(0, 5), st.integers(1, 3)), min_size=4, max_size=4),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.int64]),
 )
-def test_stand_ins_are_made_of_own_values(world, sizes, dtype):
+def test_the_others_bring_noise_that_is_drawn_once(world, sizes, dtype):
     host = LoneHost(world - 1, world)
-    parts = [torch.arange(3, 3 + math.prod(size)).reshape(size).to(dtype) for size in sizes[:world]]
+    parts = [torch.full(size, 1e3).to(dtype) for size in sizes[:world]]
     shapes = [*sizes[1:world], sizes[world - 1]]
+
+    def check(found, expected, own=None):
+        assert [tuple(x.shape) for x in found] == [tuple(shape) for shape in expected]
+        for rank, x in enumerate(found):
+            assert x.dtype == dtype
+            assert torch.equal(x, own) if rank == host.rank else (x.double().abs() < 900).all()
+
     for part, other in zip(parts, shapes, strict=True):
-        (got,) = [host.exchange(part, to=0, source=0, shape=other, what="x").wait()]
-        assert got.shape == other and got.dtype == dtype
-        assert set(got.flatten().tolist()) <= (set(part.flatten().tolist()) or {1})
-        assert [x.shape for x in host.all_gather(part, what="y").wait()] == [part.shape] * world
-        assert all(torch.equal(x, part) for x in host.all_gather(part, what="y").wait())
-    got = host.all_to_all(parts, shapes=shapes, what="z").wait()
-    own = {value for part in parts for value in part.flatten().tolist()}
-    assert [tuple(x.shape) for x in got] == shapes and all(x.dtype == dtype for x in got)
-    assert all(set(x.flatten().tolist()) <= (own or {1}) for x in got)
+        check([host.exchange(part, to=0, source=0, shape=other, what="x").wait()], [other])
+        found = host.all_gather(part, what="y").wait()
+        check(found, [part.shape] * world, part)
+        again = host.all_gather(part, what="y").wait()
+        assert all(one is other for one, other in zip(found, again, strict=True))
+    check(host.all_to_all(parts, shapes=shapes, what="z").wait(), shapes, parts[-1])
+    drawn = {*shapes, *(tuple(part.shape) for part in parts)}
+    assert host.noise_bytes == sum(math.prod(shape) for shape in drawn) * dtype.itemsize
     sent = sum(part.numel() for part in parts) * dtype.itemsize
     assert host.counters.sent_bytes == {
         "x": sent,
         "y": 2 * (world - 1) * sent,
         "z": sent - parts[-1].numel() * dtype.itemsize,
     }
+
+
+@pytest.mark.parametrize("name", ["apb", "apb-balanced"])
+def test_the_last_host_attends_to_no_zeros(name):
+    """It has nothing to pass on, and sends padding; what it receives is what costs power to compute with."""
+    model, host, received = decoder(), LoneHost(3, 4), []
+    start = host._start_all_gather
+
+    def watch(x, what):
+        finish = start(x, what)
+        return lambda: received.append((x, finish())) or received[-1][1]
+
+    host._start_all_gather = watch
+    prefill_and_ask(host, model, *contender(name, 1021, 4, model))
+    assert received
+    for x, found in received:
+        for rank, part in enumerate(found):
+            assert part is x if rank == 3 else part.flatten(0, -2).abs().sum(dim=-1).min() > 0
 
 
 def test_objects_and_agreement():

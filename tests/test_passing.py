@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import assume, example, given
 
-from apb.parallel import HostFailed, run_processes, run_simulated, run_threads
+from apb.parallel import Handle, HostFailed, run_processes, run_simulated, run_threads
 from apb.parallel.passing import PassingBlocks, gather_document, gather_query
 from apb.plan import plan_context
 from apb.testing.oracle import anchor_rows_of
@@ -90,6 +90,33 @@ def test_the_oracles_gather_returns_the_document(plan, seed):
         return gather_document(torch.cat((noise[0], parts[host.rank], noise[1]), dim=2), plan, host)
 
     assert all(torch.equal(gathered, document) for gathered in run_threads(plan.hosts, body))
+
+
+def test_a_first_block_and_the_anchor_do_not_wait_for_the_second_gather():
+    """So that it is under way while they attend."""
+
+    def body(host):
+        share, waited = SPLIT.host(host.rank), []
+        gather = host.all_gather
+
+        def noted(x, *, what):
+            handle, number = gather(x, what=what), len(started)
+            started.append(number)
+            return Handle(lambda: waited.append(number) or handle.wait())
+
+        started, host.all_gather = [], noted
+        passing = PassingBlocks(SPLIT, host)
+        for slot, block in enumerate(share.blocks):
+            passing.start(slot, torch.cat(kept_of(block), dim=-1), anchor=anchor_of(anchor_rows_of(SPLIT, host.rank)))
+        passing.anchor()
+        passing.received(share.blocks[0])
+        first = list(waited)
+        passing.received(share.blocks[1])
+        passing.finish()
+        return first, waited
+
+    for rank, (first, waited) in enumerate(run_threads(3, body)):
+        assert first == [0] and waited == [0, 1], rank
 
 
 @example(plan=SPLIT)

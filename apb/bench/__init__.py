@@ -18,10 +18,11 @@ import torch
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-__all__ = ["Environment", "Row", "append", "environment", "read_rows"]
+__all__ = ["Environment", "Row", "append", "environment", "read_rows", "reason"]
 
 Kind = TypeVar("Kind", bound="DataclassInstance")
 
+_REASON = 200  # characters of it
 _READ: dict[Any, Callable[[str], Any]] = {float: lambda cell: float(cell or "nan"), int: int, str: str}
 
 
@@ -72,19 +73,29 @@ class Environment(TypedDict):
     commit: str
 
 
-def environment() -> Environment:
-    """Return the date, device, versions and commit of this run."""
+def environment(device: torch.device | None = None) -> Environment:
+    """Return the date, device, versions and commit of this run; None is the current GPU, or else the processor."""
     try:
         triton = version("triton")
     except PackageNotFoundError:
         triton = "none"
+    cuda = torch.cuda.is_available() if device is None else device.type == "cuda"
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+        "device": torch.cuda.get_device_name(device) if cuda else platform.machine(),
         "torch": torch.__version__,
         "triton": triton,
         "commit": _commit(),
     }
+
+
+def reason(error: BaseException) -> str:
+    """Say why something could not run, in a ledger's cell: the error's type and the beginning of its first line.
+
+    >>> reason(ValueError("no heads\\nand more"))
+    'ValueError: no heads'
+    """
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:_REASON]}"
 
 
 def append(path: Path, rows: "Iterable[DataclassInstance]") -> None:

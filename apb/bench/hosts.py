@@ -3,7 +3,6 @@
 import math
 import platform
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
@@ -11,12 +10,14 @@ import torch
 from torch import Tensor
 
 from apb.bench import Environment, Row, environment
+from apb.bench.clock import together_ms
 from apb.device import pick_dtype
 from apb.parallel import Host
 
-__all__ = ["Backend", "Heads", "Times", "await_device", "draw", "find_hosts", "print_head", "report", "slowest_ms"]
+__all__ = ["Heads", "Times", "Transport", "draw", "find_hosts", "print_head", "report", "slowest_ms"]
 
-Backend = Literal["gloo", "nccl"]
+Transport = Literal["gloo", "nccl"]
+"""Who carries the messages."""
 
 _REPEATS = 9
 
@@ -47,7 +48,7 @@ class Times(NamedTuple):
         return 1 - self.exposed / self.send
 
 
-def find_hosts(benchmark: str, hosts: int | None = None) -> tuple[int, Backend, Environment]:
+def find_hosts(benchmark: str, hosts: int | None = None) -> tuple[int, Transport, Environment]:
     """Return how many hosts to start here, who carries their messages, and what to note of the run.
 
     Args:
@@ -72,10 +73,13 @@ def find_hosts(benchmark: str, hosts: int | None = None) -> tuple[int, Backend, 
 
 
 def draw(heads: Heads, rows: int, host: Host) -> list[Tensor]:
-    """Return random q, k and v of a host's rows: bfloat16 on a GPU, float32 on the CPU."""
+    """Return random q, k and v of a host's rows, laid out as a model's are, rows before heads.
+
+    bfloat16 on a GPU, float32 on the CPU.
+    """
     generator, dtype = torch.Generator(host.device).manual_seed(host.rank), pick_dtype("auto", host.device)
     return [
-        torch.randn(1, count, rows, heads.dim, device=host.device, dtype=dtype, generator=generator)
+        torch.randn(1, rows, count, heads.dim, device=host.device, dtype=dtype, generator=generator).transpose(1, 2)
         for count in (heads.q_heads, heads.kv_heads, heads.kv_heads)
     ]
 
@@ -85,26 +89,16 @@ def slowest_ms(calls: Sequence[Callable[[], object]], host: Host, *, repeats: in
     times: list[list[float]] = [[] for _ in calls]
     for repeat in range(1 + repeats):
         for call, found in zip(calls, times, strict=True):
-            await_device(host)
-            host.all_gather_object(None, what="start")
-            began = time.perf_counter()
-            call()
-            await_device(host)
+            ms = together_ms(call, host)
             if repeat:  # the first warms up
-                found.append(1e3 * (time.perf_counter() - began))
+                found.append(ms)
     medians = host.all_gather_object([statistics.median(found) for found in times], what="times")
     return [max(other) for other in zip(*medians, strict=True)]
 
 
-def await_device(host: Host) -> None:
-    """Wait until this host's device has done all that it was given."""
-    if host.device.type == "cuda":
-        torch.cuda.synchronize(host.device)
-
-
-def print_head(env: Environment, hosts: int, backend: Backend, heads: Heads) -> None:
+def print_head(env: Environment, hosts: int, transport: Transport, heads: Heads) -> None:
     """Print what is measured, and the columns' names."""
-    dtype = "bf16" if backend == "nccl" else "fp32"
+    dtype = "bf16" if transport == "nccl" else "fp32"
     sizes = f"{heads.q_heads}/{heads.kv_heads} heads of {heads.dim}"
     print(f"{hosts} × {env['device']}, torch {env['torch']}, {sizes}, {dtype}, one layer")
     names = ("layer ms", "compute", "send", "exposed", "hidden", "TFLOP/s")

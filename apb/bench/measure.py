@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from apb.bench import Row, append, environment
+from apb.bench import Row, append, environment, reason
 
 __all__ = ["Bench", "Timing", "time_call"]
 
@@ -134,8 +134,7 @@ class Bench:
         except Exception as error:
             if torch.cuda.is_initialized():
                 torch.cuda.synchronize()  # raises if the device itself has failed: nothing more can be measured then
-            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
-            self._note(case, backend, Timing(math.nan, math.nan, math.nan), notes=reason)
+            self._note(case, backend, Timing(math.nan, math.nan, math.nan), notes=reason(error))
             return math.nan
         self._note(case, backend, timing, flop=flop, moved=moved, ceiling=ceiling, notes=notes)
         return timing.ms

@@ -58,10 +58,10 @@ def run(
     Raises:
         RuntimeError: fewer than two CUDA devices.
     """
-    count, backend, env = find_hosts("overlap", hosts)
-    print_head(env, count, backend, heads)
+    count, transport, env = find_hosts("overlap", hosts)
+    print_head(env, count, transport, heads)
     cases = [(layout, length) for length in tokens[: 1 if quick else None] for layout in LAYOUTS]
-    times, flops, spans = run_processes(count, _measure, cases, heads, backend=backend)[-1]
+    times, flops, spans = run_processes(count, _measure, cases, heads, backend=transport)[-1]
     rows = []
     for (layout, length), found, flop in zip(cases, times, flops, strict=True):
         rows += report(env, "overlap", layout, length, count, found, flop)

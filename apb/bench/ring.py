@@ -35,12 +35,12 @@ def run(quick: bool = False, out: Path | None = None) -> list[Row]:
     Raises:
         RuntimeError: fewer than two CUDA devices.
     """
-    hosts, backend, env = find_hosts("ring")
-    print_head(env, hosts, backend, HEADS)
+    hosts, transport, env = find_hosts("ring")
+    print_head(env, hosts, transport, HEADS)
     lengths = TOKENS[:2] if quick else TOKENS
     cases = [(layout, tokens) for tokens in lengths for layout in get_args(Layout)]
     rows = []
-    for (layout, tokens), times in zip(cases, run_processes(hosts, _measure, cases, backend=backend)[0], strict=True):
+    for (layout, tokens), times in zip(cases, run_processes(hosts, _measure, cases, backend=transport)[0], strict=True):
         flop = 4 * HEADS.dim * HEADS.q_heads * tokens * (tokens + 1) / 2
         rows += report(env, "ring", layout, tokens, hosts, times, flop)
     if out is not None:

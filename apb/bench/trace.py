@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 
 from apb.bench import Environment, append, read_rows
-from apb.bench.hosts import await_device
+from apb.bench.clock import SPIN, await_device, queue_ahead
 from apb.parallel import Host
 
 __all__ = ["Interval", "Kind", "Span", "SpanRow", "common", "hidden", "profile", "read_spans", "union", "write_spans"]
@@ -89,8 +89,9 @@ class SpanRow:
 def profile(call: Callable[[], object], host: Host, *, rank: int = 0) -> list[Span]:
     """Return what the device of host `rank` did in `call`, which all hosts make together; nothing on the others.
 
-    They make it twice, since the profiler warms up in the first one. This host comes to the second one last, so that
-    its gathers show what sending takes, and hardly any waiting for others.
+    They make it twice, since the profiler warms up in the first one. In the second one this host queues all of its
+    work before its device begins: so it comes last, and its gathers show what sending takes, and hardly any waiting for
+    others or for Python.
     """
     activity = torch.profiler.ProfilerActivity
     with tempfile.TemporaryDirectory() as folder:
@@ -102,12 +103,13 @@ def profile(call: Callable[[], object], host: Host, *, rank: int = 0) -> list[Sp
         )
         with looking if host.rank == rank else nullcontext() as profiler:
             call()
-            await_device(host)
+            await_device(host.device)
             host.all_gather_object(None, what="start")
             if profiler is not None:
                 profiler.step()
+                queue_ahead(host.device)
             call()
-            await_device(host)
+            await_device(host.device)
         if profiler is None:
             return []
         with gzip.open(path, "rt") as file:
@@ -120,6 +122,7 @@ def spans_of(trace: dict[str, Any]) -> list[Span]:
     steps = [float(event["ts"]) for event in events if str(event["name"]).startswith("ProfilerStep#")]
     began = max(steps, default=-math.inf)
     events = [event for event in events if event.get("cat") in _ON_DEVICE and float(event["ts"]) >= began]
+    events = [event for event in events if SPIN not in event["name"]]
     first = min((float(event["ts"]) for event in events), default=0.0)
     found = [
         Span(

@@ -7,19 +7,19 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from textwrap import wrap
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 
-from apb.bench import append
-from apb.bench.prefill.case import run_environment
+from apb.attend import Backend
+from apb.bench import append, environment
 from apb.bench.prefill.link import Link
-from apb.bench.prefill.methods import PRESETS, line_up
+from apb.bench.prefill.methods import PRESETS
 from apb.bench.prefill.plots import breakdown, scaling, speed
 from apb.bench.prefill.record import Mode, PrefillRow
-from apb.bench.prefill.run import run_prefill
+from apb.bench.prefill.run import cases, run_prefill
 from apb.bench.prefill.shapes import SHAPES
-from apb.bench.prefill.store import done, failed, key, read
+from apb.bench.prefill.store import Key, done, failed, key, read
 from apb.bench.prefill.table import blocks, figure_text, length_text
 from apb.cli.progress import redraw
 from apb.cli.table import table
@@ -40,12 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="document tokens; 32K is 32768, 1M is 1048576 (default: 128K)")  # fmt: skip
     parser.add_argument("--hosts", nargs="+", type=int, metavar="H",
                         help="how many; several show how it scales (default: 8; under torchrun its ranks)")  # fmt: skip
-    parser.add_argument("--methods", nargs="+", default=list(PRESETS), metavar="NAME[:SETTING=VALUE,…]",
-                        help=f"{', '.join(PRESETS)} (default: all), or as in apb compare: apb:passing=512")  # fmt: skip
+    parser.add_argument("--methods", nargs="+", metavar="NAME[:SETTING=VALUE,…]",
+                        help=f"{', '.join(PRESETS)} (default: all), also with settings: apb:passing=512")  # fmt: skip
     parser.add_argument("--mode", choices=("auto", "measured", "simulated", "counted"), default="auto",
                         help="measured: a GPU for each host; simulated: each host's share in turn on one GPU; "
                              "counted: nothing timed (default: the first that this machine can do)")  # fmt: skip
-    parser.add_argument("--repeats", type=int, default=5, help="of each time (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="of each time, at least (default: %(default)s)")
     parser.add_argument("--link", metavar="LATENCY_MS,GBYTES_PER_S", help="what simulated messages go over")
     parser.add_argument("--out", type=Path, help="append rows to this CSV file; what is there is not measured again")
     parser.add_argument("--again", action="store_true", help="measure also what is in --out")
@@ -53,6 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto",
                         help="default: bfloat16; float32 where a CPU computes")  # fmt: skip
+    parser.add_argument("--backend", choices=get_args(Backend), default="auto",
+                        help="who computes the attention (default: triton on a GPU)")  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -63,10 +65,12 @@ def run(arguments: argparse.Namespace) -> int:
     mode, why = _mode(arguments.mode, hosts, device)
     link = _link(arguments.link, mode)
     _check(arguments, mode, device)
-    names = list(dict.fromkeys(arguments.methods))
-    contenders = [(n, one) for n in lengths for count in hosts for one in line_up(names, n, count)]
-    here = run_environment(device)["device"]
-    wanted = {(mode, arguments.shape, n, one.hosts, one.label, here) for n, one in contenders}
+    names = list(dict.fromkeys(arguments.methods or PRESETS))
+    how: dict[str, Any] = {"device": device, "dtype": dtype, "backend": arguments.backend}
+    wanted = set(cases(arguments.shape, lengths, hosts, names, mode, link, **how))
+    # What all are compared with.
+    shown = wanted | set(cases(arguments.shape, lengths, [1], ["flash"], mode, link, **how))
+    here = environment(device)["device"]
 
     first = os.environ.get("RANK", "0") == "0"  # of torchrun's ranks the first one writes and speaks
     rows = read(arguments.out) if arguments.out and first else []
@@ -85,20 +89,18 @@ def run(arguments: argparse.Namespace) -> int:
         _say(f"{len(known)} of {len(wanted)} rows are in {arguments.out} already; --again measures them again")
     try:
         run_prefill(
-            arguments.shape, lengths, hosts, names, mode, arguments.repeats, link, known, keep, progress,
-            device=device, dtype=dtype,
+            arguments.shape, lengths, hosts, names, mode, arguments.repeats, link, known, keep, progress, **how,
         )  # fmt: skip
     except KeyboardInterrupt:
         if arguments.out and first:
             _say(f"The rows so far are in {arguments.out}; the same command goes on from there")
         raise
     rows.sort(key=lambda row: names.index(row.method) if row.method in names else len(names))
-    shown = wanted | {(mode, arguments.shape, n, 1, "flash", here) for n in lengths}  # what all are compared with
     if first:
         print(describe([row for row in rows if key(row) in shown]))
     if first and arguments.plot:
-        alike = [row for row in rows if (row.mode, row.shape, row.device) == (mode, arguments.shape, here)]
-        _draw(alike, arguments.plot, tokens=max(lengths), hosts=max(hosts))
+        speed_of = {"leave_out": ()} if arguments.methods else {}
+        _draw(_alike(rows, shown), arguments.plot, tokens=max(lengths), hosts=max(hosts), **speed_of)
     return 0
 
 
@@ -209,6 +211,8 @@ def _check(arguments: argparse.Namespace, mode: Mode, device: torch.device) -> N
         )
     if arguments.repeats < 1:
         raise ValueError(f"--repeats: expected at least 1, got {arguments.repeats}")
+    if mode == "measured" and device.index:
+        raise ValueError(f"--device: measured hosts take the first GPUs, got {arguments.device!r}; leave it out")
     if "RANK" in os.environ and arguments.device != "auto":
         raise ValueError(f"--device: each of torchrun's ranks has its own, got {arguments.device!r}; leave it out")
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
@@ -221,9 +225,28 @@ def _check(arguments: argparse.Namespace, mode: Mode, device: torch.device) -> N
         check_picture(plot / f"{name}.svg")
 
 
-def _draw(rows: Sequence[PrefillRow], folder: Path, *, tokens: int, hosts: int) -> None:
+def _alike(rows: Sequence[PrefillRow], shown: set[Key]) -> list[PrefillRow]:
+    """Return the rows that may stand in one picture with those of `shown`: other lengths, hosts and methods."""
+    kinds = {(one.mode, one.shape, one.device, one.dtype) for one in shown}
+    links = {"", *(one.link for one in shown)}
+    by = {one.method: {other.backend for other in shown if other.method == one.method} for one in shown}
+    anyone = set().union(*by.values())
+    return [
+        row
+        for row in rows
+        if (row.mode, row.shape, row.device, row.dtype) in kinds
+        and row.link in links
+        and row.backend in by.get(row.method, anyone)
+    ]
+
+
+def _draw(rows: Sequence[PrefillRow], folder: Path, *, tokens: int, hosts: int, **speed_of: Any) -> None:
     """Draw the pictures that these rows have something for, and say why there is no other."""
-    at = {"speed": {"hosts": hosts}, "breakdown": {"tokens": tokens, "hosts": hosts}, "scaling": {"tokens": tokens}}
+    at = {
+        "speed": {"hosts": hosts, **speed_of},
+        "breakdown": {"tokens": tokens, "hosts": hosts},
+        "scaling": {"tokens": tokens},
+    }
     for name, draw in _PICTURES.items():
         try:
             print(f"Drawn: {draw(rows, folder / f'{name}.svg', **at[name])}")

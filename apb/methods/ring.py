@@ -58,6 +58,7 @@ class Ring(Method):
                 part = self.full(q[:, :, rows], k, v, context)
                 with context.trace.phase("merge"):
                     merge_into(out[:, :, rows], lse[:, :, rows], *part)
+                del part  # before the next one is made
         return out.to(q.dtype)
 
     def cost(self, plan: ContextPlan, rank: int, shape: ModelShape) -> HostCost:

@@ -1,12 +1,11 @@
 """A host whose group is not there: one host's share, run alone, with that host's memory only.
 
-A collective yields stand-ins of the right shape out of this host's own tensor. They are never zeros: how much power a
-device draws, and so its clock, depends on the data. Nothing is sent, and what would be is counted.
+A collective yields noise in place of what others would bring, and this host's own part as it is. Never zeros: how much
+power a device draws, and so its clock, depends on the data. Nothing is sent, and what would be is counted.
 """
 
 import json
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,12 +15,14 @@ from apb.parallel.host import Counters, Host
 
 __all__ = ["LoneHost"]
 
+_INTEGERS = 100  # noise of whole numbers is below it: what is looked up by them exists
+
 
 class LoneHost(Host):
     """One member of a group of `world_size`, whose other members nobody has started. What it computes is worthless.
 
-    Memory for what comes is taken when a collective starts and given back when it has been waited for; the stand-ins
-    are this host's own tensor, where that has the right shape, so that making them takes no time.
+    Memory for what comes is taken when a collective starts and given back when it has been waited for. The noise is
+    drawn once for each shape and precision, and stays: from the second time on it takes no time.
 
     Args:
         rank: number of this host, 0 ≤ rank < world_size.
@@ -38,15 +39,20 @@ class LoneHost(Host):
         self.rank, self.world_size = rank, world_size
         self.device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
         self.counters = Counters()
+        self._noise: dict[tuple[torch.Size, torch.dtype], Tensor] = {}
+
+    @property
+    def noise_bytes(self) -> int:
+        """Bytes that the noise takes, and a real host would not."""
+        return sum(noise.nbytes for noise in self._noise.values())
 
     def _start_all_gather(self, x: Tensor, what: str) -> Callable[[], list[Tensor]]:
-        return _receive(x, [x.shape] * self.world_size)
+        return self._receive({self.rank: x}, dict.fromkeys(range(self.world_size), x.shape), x.dtype)
 
     def _start_all_to_all(
         self, parts: dict[int, Tensor], shapes: dict[int, torch.Size], what: str
     ) -> Callable[[], list[Tensor]]:
-        largest = max(parts.values(), key=Tensor.numel)
-        return _receive(largest, [shapes[rank] for rank in sorted(shapes)])
+        return self._receive(parts, shapes, next(iter(parts.values())).dtype)
 
     def all_gather_object(self, value: Any, *, what: str) -> list[Any]:
         """Return `value` as if every host had brought it."""
@@ -56,22 +62,27 @@ class LoneHost(Host):
     def announce(self, error: BaseException) -> None:
         """Tell nobody: there is nobody."""
 
+    def _receive(
+        self, parts: Mapping[int, Tensor], shapes: Mapping[int, torch.Size], dtype: torch.dtype
+    ) -> Callable[[], list[Tensor]]:
+        """Take the memory for tensors of these `shapes`, and return what yields their stand-ins, in rank order."""
+        stand_ins = [
+            parts[rank] if rank == self.rank else self._draw(shape, dtype) for rank, shape in sorted(shapes.items())
+        ]
+        room = [torch.empty(shape, dtype=dtype, device=self.device) for shape in shapes.values()]
 
-def _receive(x: Tensor, shapes: list[torch.Size]) -> Callable[[], list[Tensor]]:
-    """Take the memory for tensors of these `shapes`, and return what yields their stand-ins."""
-    room = [x.new_empty(shape) for shape in shapes]
+        def finish(room: list[Tensor] = room) -> list[Tensor]:
+            return stand_ins
 
-    def finish(room: list[Tensor] = room) -> list[Tensor]:
-        return [_stand_in(x, shape) for shape in shapes]
+        return finish
 
-    return finish
-
-
-def _stand_in(x: Tensor, shape: torch.Size) -> Tensor:
-    """Return a tensor of this shape made of the values of `x`, over and over; of ones if it has none."""
-    if x.shape == shape:
-        return x
-    if x.numel() == 0:
-        return x.new_ones(shape)
-    wanted = math.prod(shape)
-    return x.reshape(-1).repeat(-(-wanted // x.numel()))[:wanted].view(shape)
+    def _draw(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """Return noise of this shape: the same tensor each time."""
+        if (shape, dtype) not in self._noise:
+            generator = torch.Generator(self.device).manual_seed(0)
+            options: dict[str, Any] = {"dtype": dtype, "device": self.device, "generator": generator}
+            whole = not dtype.is_floating_point
+            self._noise[shape, dtype] = (
+                torch.randint(_INTEGERS, shape, **options) if whole else torch.randn(shape, **options)
+            )
+        return self._noise[shape, dtype]

@@ -6,6 +6,7 @@ exceed any cache, so running the same ones again reads as much memory as another
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +18,10 @@ from apb.bench.prefill.shapes import DecoderShape
 from apb.compress.compressor import Projections
 from apb.context import Trace
 
-__all__ = ["FFN_ROWS", "Attend", "Decoder", "Rope"]
+__all__ = ["Attend", "Decoder", "Rope", "ffn_rows"]
 
 FFN_ROWS = 16384
-"""Rows that pass the FFN at once: no tensor of all rows × ffn ever stands. A large product gains nothing beyond."""
+"""Most rows in the FFN at once: no tensor of all rows × ffn ever stands. A large product gains nothing beyond."""
 
 _EPSILON = 1e-5
 
@@ -56,7 +57,8 @@ class Decoder:
         self.norms = tuple(1 + draw(hidden, scale=0.1) for _ in range(3))
         self.embedding = draw(shape.vocab, hidden, scale=1.0)
         self.head = draw(shape.vocab, hidden, scale=hidden**-0.5)
-        self._norm, self._rotate, self._gate = _elementwise(device.type == "cuda")
+        pieces = _elementwise("inductor" if device.type == "cuda" else None)
+        self._norm, self._rotate_q, self._rotate_k, self._gate = pieces
 
     def embed(self, ids: Int[Tensor, " rows"]) -> Float[Tensor, "rows hidden"]:
         """Return the rows that a prefill begins with."""
@@ -90,7 +92,7 @@ class Decoder:
             x.addmm_(rearrange(out, "1 h n d -> n (h d)"), self.o)
         del out
         with trace.phase("ffn"):
-            for rows in x.split(FFN_ROWS):
+            for rows in x.split(ffn_rows(len(x))):
                 inside = self._gate(F.linear(self._norm(rows, self.norms[1]), self.gate_up))
                 rows.addmm_(inside, self.down)
                 del inside
@@ -109,9 +111,14 @@ class Decoder:
         before = None
         if projections:
             before = Projections(q=q.transpose(1, 2), k=k.transpose(1, 2), v=v.transpose(1, 2))
-        q = self._rotate(q, *rope)
-        k = self._rotate(k, *rope)
+        q = self._rotate_q(q, *rope)
+        k = self._rotate_k(k, *rope)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), before
+
+
+def ffn_rows(rows: int) -> int:
+    """Return how many of so many rows pass the FFN at once, in chunks that are as even as they go."""
+    return -(-rows // max(1, -(-rows // FFN_ROWS)))
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -132,6 +139,35 @@ def gate(x: Tensor) -> Tensor:
 
 
 @cache
-def _elementwise(compiled: bool) -> tuple[Callable[..., Tensor], ...]:
-    """Return `rms_norm`, `rotate` and `gate`, each fused into one kernel or as it is."""
-    return tuple(torch.compile(f) if compiled else f for f in (rms_norm, rotate, gate))
+def _elementwise(backend: str | Callable[..., Any] | None) -> tuple[Callable[..., Tensor], ...]:
+    """Return `rms_norm`, `rotate` for q and for k, and `gate`, compiled by `torch.compile`'s backend; None as they are.
+
+    What is compiled follows from the model's shape alone, not from which number of rows came first.
+    """
+    if backend is None:
+        return rms_norm, rotate, rotate, gate
+
+    # PyTorch compiles by a function's text: q and k, which differ in heads, have a text of their own each.
+    def rotate_q(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return rotate(x, cos, sin)
+
+    def rotate_k(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return rotate(x, cos, sin)
+
+    pieces = ((rms_norm, (0, None)), (rotate_q, (1, 0, 0)), (rotate_k, (1, 0, 0)), (gate, (0,)))
+    return tuple(_fused(piece, backend, rows) for piece, rows in pieces)
+
+
+def _fused(
+    piece: Callable[..., Tensor], backend: str | Callable[..., Any], rows: tuple[int | None, ...]
+) -> Callable[..., Tensor]:
+    """Compile a function for any number of rows; `rows` says which dimension of each argument they are."""
+    compiled = torch.compile(piece, backend=backend)
+
+    def call(*tensors: Tensor) -> Tensor:
+        for x, dim in zip(tensors, rows, strict=True):
+            if dim is not None:
+                torch._dynamo.maybe_mark_dynamic(x, dim)
+        return compiled(*tensors)
+
+    return call

@@ -1,12 +1,14 @@
 """What a message costs: latency + received bytes / bandwidth, fitted to all-gathers between real devices."""
 
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from torch import Tensor
 
+from apb.bench.clock import together_ms
 from apb.parallel.host import Host
 
 __all__ = ["NVLINK", "Link", "fit_link", "measure_link"]
@@ -22,6 +24,7 @@ class Link:
     Attributes:
         latency_ms: what a message of no bytes takes.
         gbytes_per_s: 10⁹ bytes that a host receives in a second.
+        hosts: among how many it was measured; 0 if it was not.
 
     Raises:
         ValueError: a latency below 0, or a bandwidth of 0 or less.
@@ -29,6 +32,7 @@ class Link:
 
     latency_ms: float
     gbytes_per_s: float
+    hosts: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.latency_ms < float("inf"):
@@ -41,14 +45,19 @@ class Link:
         return messages * self.latency_ms + received_bytes / self.gbytes_per_s / 1e6
 
     def __str__(self) -> str:
-        return f"link {self.latency_ms:.3g} ms + {self.gbytes_per_s:.3g} GB/s"
+        return f"{self.latency_ms:.3g} ms + {self.gbytes_per_s:.3g} GB/s"
+
+    @property
+    def note(self) -> str:
+        """What to say of it beside a time."""
+        return f"link {self}{f', fitted between {self.hosts} hosts' * (self.hosts > 0)}"
 
 
-def fit_link(points: Sequence[tuple[float, float]]) -> Link:
+def fit_link(points: Sequence[tuple[float, float]], hosts: int = 0) -> Link:
     """Fit a line to (received bytes, milliseconds), such that the squared relative errors are least.
 
-    >>> fit_link([(1e6, 0.03), (1e7, 0.12), (1e8, 1.02)])
-    Link(latency_ms=0.02, gbytes_per_s=100.0)
+    >>> fit_link([(1e6, 0.03), (1e7, 0.12), (1e8, 1.02)], hosts=2)
+    Link(latency_ms=0.02, gbytes_per_s=100.0, hosts=2)
     """
     weights = [ms**-2 for _, ms in points]
 
@@ -60,11 +69,12 @@ def fit_link(points: Sequence[tuple[float, float]]) -> Link:
     away = [size - middle for size in sizes]
     slope = mean([d * ms for d, ms in zip(away, times, strict=True)]) / mean([d * d for d in away])
     slope = max(slope, 1e-12)
-    return Link(latency_ms=round(max(0.0, level - slope * middle), 6), gbytes_per_s=round(1e-6 / slope, 3))
+    latency_ms = round(max(0.0, level - slope * middle), 6)
+    return Link(latency_ms=latency_ms, gbytes_per_s=round(1e-6 / slope, 3), hosts=hosts)
 
 
 # All-gathers between two H200 with NVLink (18 links), NCCL of torch 2.11.0+cu130, NVLink multicast off.
-NVLINK = fit_link([(1e6, 0.029), (8.4e6, 0.058), (25e6, 0.126), (67e6, 0.42)])
+NVLINK = fit_link([(1e6, 0.029), (8.4e6, 0.058), (25e6, 0.126), (67e6, 0.42)], hosts=2)
 
 
 def measure_link(host: Host) -> Link:
@@ -72,27 +82,22 @@ def measure_link(host: Host) -> Link:
 
     Raises:
         ValueError: a group of one host, which sends nothing.
+        OutOfMemoryError, HostFailed: there is no room on a host; this is found before anything is sent.
         HostFailed: another host failed.
     """
     if host.world_size == 1:
         raise ValueError("world_size: expected at least 2 hosts to measure a link between, got 1")
+    with host.together("link"):
+        torch.empty((1 + host.world_size) * max(_SIZES), dtype=torch.uint8, device=host.device)
     points = []
     for size in _SIZES:
         x = torch.randint(256, (size,), dtype=torch.uint8, device=host.device)
-        times = []
-        for repeat in range(1 + _REPEATS):
-            host.all_gather_object(None, what="start")
-            _synchronize(host.device)
-            began = time.perf_counter()
-            host.all_gather(x, what="link").wait()
-            _synchronize(host.device)
-            if repeat:  # the first warms up
-                times.append(1e3 * (time.perf_counter() - began))
+        gather = partial(_gather, x, host)
+        times = [together_ms(gather, host) for _ in range(1 + _REPEATS)][1:]  # the first warms up
         slowest = max(host.all_gather_object(statistics.median(times), what="times"))
         points.append(((host.world_size - 1) * size, slowest))
-    return fit_link(points)
+    return fit_link(points, hosts=host.world_size)
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _gather(x: Tensor, host: Host) -> None:
+    host.all_gather(x, what="link").wait()

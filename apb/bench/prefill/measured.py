@@ -1,12 +1,16 @@
 """Measured: all hosts at once, a GPU each, all layers with all their caches; the wall time of the slowest."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
 
+from apb.bench import reason
+from apb.bench.clock import await_device
 from apb.bench.prefill.case import Case, phase_columns
 from apb.bench.prefill.layer import Decoder
 from apb.bench.prefill.link import measure_link
@@ -19,7 +23,8 @@ from apb.parallel import Host, HostError, LoneHost, run_processes
 
 __all__ = ["run_one"]
 
-_TIMEOUT_S = 900.0  # the others wait while one host runs a one-host method
+_TIMEOUT_S = 120.0
+_ENOUGH_S = 0.5
 
 
 def run_one(case: Case, *, repeats: int, on_progress: Callable[[str], None], host: Host | None = None) -> PrefillRow:
@@ -27,7 +32,7 @@ def run_one(case: Case, *, repeats: int, on_progress: Callable[[str], None], hos
 
     Args:
         case: what to run.
-        repeats: prefills to time, ≥ 1; one more warms up.
+        repeats: prefills to time at least, ≥ 1; others warm up.
         on_progress: told what goes on.
         host: this member of a group that is there already, as under torchrun; every member calls this. None starts
             processes for this case alone, which leave nothing behind.
@@ -39,8 +44,8 @@ def run_one(case: Case, *, repeats: int, on_progress: Callable[[str], None], hos
         ValueError: the method cannot run with these numbers.
         HostError: a host died, or failed in the middle of a message.
     """
-    row = case.row("measured", notes=f"{repeats} repeats")
-    on_progress(f"{case.hosts} host{'s' * (case.hosts > 1)}, {repeats} repeats")
+    row = case.row("measured")
+    on_progress(f"{case.hosts} host{'s' * (case.hosts > 1)}")
     if host is None:
         backend = "nccl" if case.device.type == "cuda" else "gloo"
         found = run_processes(case.hosts, _measure, case, repeats, backend=backend, timeout_s=_TIMEOUT_S)[0]
@@ -48,9 +53,15 @@ def run_one(case: Case, *, repeats: int, on_progress: Callable[[str], None], hos
         found = _measure(host, case, repeats)
     if found["failure"]:
         return case.blank("measured", notes=found["failure"])
-    return replace(
-        row, notes=", ".join(filter(None, (row.notes, found["link"]))), **_put_together(case, found["hosts"])
-    )
+    columns, hosts = _put_together(case, found["hosts"]), found["hosts"]
+    notes = [
+        row.notes,
+        f"{len(hosts[0]['repeats'])} repeats",
+        hosts[0]["density"],
+        case.wait_note(max(host["queued_ms"] for host in hosts), columns["layer_ms"]),
+        found["link"],
+    ]
+    return replace(row, notes=", ".join(filter(None, notes)), **columns)
 
 
 def _measure(host: Host, case: Case, repeats: int) -> dict[str, Any]:
@@ -67,53 +78,76 @@ def _measure(host: Host, case: Case, repeats: int) -> dict[str, Any]:
     takes_part = host.rank < case.hosts
     try:
         with host.together("rehearsal"):
-            share, memory = _rehearse(case, host.rank) if takes_part else (None, None)
+            share, memory, density = _rehearse(case, host.rank) if takes_part else (None, None, "")
     except Exception as error:
-        return {"failure": _reason(error)}
+        return {"failure": reason(error)}
     try:
         report = None
         if share is not None and memory is not None:
             share.host = group
-            report = {"repeats": _time(share, case, repeats), "peak_bytes": memory.bytes}
+            PeakMemory(case.device)  # sets the mark back: the rehearsal's noise does not count
+            times = _time(share, case, repeats)
+            report = {"repeats": times, "queued_ms": share.queued_ms, "peak_bytes": memory.bytes, "density": density}
         found = host.all_gather_object(report, what="reports")
+        share = None
+        torch.cuda.empty_cache()
         wired = case.hosts > 1 and host.device.type == "cuda"
-        link = f"link measured as {str(measure_link(host)).removeprefix('link ')}" if wired else ""
+        link = _link_note(host) if wired else ""
     except Exception as error:  # in the middle of a message: the group is lost
         host.announce(error)
-        raise error if isinstance(error, HostError) else HostError(_reason(error)) from error
+        raise error if isinstance(error, HostError) else HostError(reason(error)) from error
     return {"failure": "", "hosts": found[: case.hosts], "link": link}
 
 
-def _rehearse(case: Case, rank: int) -> tuple[Share, PeakMemory]:
-    """Take all the memory there is to take, and run a layer alone."""
+@cache
+def _link_note(host: Host) -> str:
+    """Measure the link, once for a group; the row is there all the same if that fails."""
+    try:
+        return measure_link(host).note
+    except Exception as error:
+        return f"link not measured ({reason(error)})"
+
+
+def _rehearse(case: Case, rank: int) -> tuple[Share, PeakMemory, str]:
+    """Take all the memory there is to take, and run a layer alone; the text notes what it attended to."""
     decoder = Decoder(case.shape, case.device, case.dtype)
     method = case.method.prepare(case.shape, case.device, case.dtype)
     memory, alone = PeakMemory(case.device), LoneHost(rank, case.hosts, case.device)
     share = Share(decoder, method, case.plan, alone, caches=case.shape.layers)
-    share.prefill([Trace()])
+    counted = Trace(counted=True)
+    share.prefill([counted]).check()
     share.ask([Trace()])
-    _synchronize(case.device)
-    return share, memory
+    await_device(case.device)
+    return share, memory, case.density_note(counted)
 
 
 def _time(share: Share, case: Case, repeats: int) -> list[dict[str, Any]]:
-    """Return, of each repeat, the milliseconds of the prefill and of the question's pass, and a layer's phases."""
-    layers, found = case.shape.layers, []
-    for repeat in range(1 + repeats):
-        trace = Trace(timed=True, device=case.device)
-        share.host.all_gather_object(None, what="start")
-        _synchronize(case.device)
-        began = time.perf_counter()
-        share.prefill([trace] * layers)
-        _synchronize(case.device)
-        middle = time.perf_counter()
-        share.ask([Trace()] * layers)
-        _synchronize(case.device)
-        ended = time.perf_counter()
-        if repeat:  # the first warms up
-            phases = {name: ms / layers for name, ms in trace.phase_ms.items()}
-            found.append({"prefill": 1e3 * (middle - began), "query": 1e3 * (ended - middle), "phases": phases})
-    return found
+    """Time prefills: on GPUs, as many as take half a second, or `repeats`, after as long a warm-up."""
+    first = _time_once(share, case)
+    warm = 0
+    if case.device.type == "cuda":
+        first = _time_once(share, case)  # the one before compiled
+        slowest = max(share.host.all_gather_object(first["prefill"] + first["query"], what="times"))
+        warm = math.ceil(1e3 * _ENOUGH_S / slowest)
+        repeats = max(repeats, warm)
+    return [_time_once(share, case) for _ in range(warm + repeats)][warm:]
+
+
+def _time_once(share: Share, case: Case) -> dict[str, Any]:
+    """Return the milliseconds of the prefill and of the question's pass, and a layer's phases."""
+    layers, trace = case.shape.layers, Trace(timed=True, device=case.device)
+    share.host.all_gather_object(None, what="start")
+    await_device(case.device)
+    began = time.perf_counter()
+    watch = share.prefill([trace] * layers)
+    await_device(case.device)
+    middle = time.perf_counter()
+    share.ask([Trace()] * layers)
+    await_device(case.device)
+    ended = time.perf_counter()
+    watch.check()
+    phases = {name: ms / layers for name, ms in trace.phase_ms.items()}
+    return {"prefill": 1e3 * (middle - began), "query": 1e3 * (ended - middle), "phases": phases}
 
 
 def _put_together(case: Case, hosts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -135,12 +169,3 @@ def _put_together(case: Case, hosts: list[dict[str, Any]]) -> dict[str, Any]:
         "peak_gbytes": peak / 1e9,
         "load": " ".join(f"{ms:.4g}" for ms in load),
     }
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

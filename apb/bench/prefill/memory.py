@@ -1,6 +1,6 @@
 """The formula of a host's peak memory: weights, caches, the residual stream, and the larger of what comes and goes."""
 
-from apb.bench.prefill.layer import FFN_ROWS
+from apb.bench.prefill.layer import ffn_rows
 from apb.bench.prefill.methods import RandomHead
 from apb.bench.prefill.shapes import DecoderShape
 from apb.methods import APB, Method, Ring, Ulysses
@@ -42,7 +42,7 @@ def host_peak_bytes(method: Method, plan: ContextPlan, rank: int, shape: Decoder
     stream, angles = rows * shape.hidden * b, rows * shape.head_dim * _FLOAT32
     project = max(stream + q + kv, 2 * q + kv + raw // 2)
     attend = q + kv + raw + _attention_bytes(method, plan, rank, shape)
-    chunk = min(rows, FFN_ROWS) * b * max(shape.hidden + 2 * shape.ffn, 3 * shape.ffn)
+    chunk = ffn_rows(rows) * b * max(shape.hidden + 2 * shape.ffn, 3 * shape.ffn)
     held = weight_bytes(method, shape) + shape.layers * cache_bytes(plan, rank, shape)
     return held + stream + angles + max(project, attend, chunk)
 
@@ -54,8 +54,8 @@ def _attention_bytes(method: Method, plan: ContextPlan, rank: int, shape: Decode
     out, kv = share.rows * row * b, share.rows * shape.kv_bytes
     lse = share.rows * shape.heads * _FLOAT32
     if isinstance(method, Ring) and plan.hosts > 1:
-        # Own keys, those at hand, those under way; the sum so far, a part, and both of them side by side, in float32.
-        return 3 * kv + out + lse + 4 * share.rows * row * _FLOAT32
+        # Own keys, those at hand, those under way; the sum so far in float32, and a part.
+        return 3 * kv + share.rows * row * _FLOAT32 + 2 * lse + out
     if isinstance(method, Ulysses):
         heads = split_heads(shape.heads, shape.kv_heads, plan.hosts)
         mine = heads[rank]

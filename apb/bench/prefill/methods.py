@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from apb.attend import Backend
 from apb.compress.compressor import Candidates, Compressor, Need
 from apb.compress.retaining_head import RetainingHead
 from apb.costs import ModelShape
-from apb.methods import APB, APE, METHODS, Flash, Method, MInference, Ring, Star, Ulysses, make_method
+from apb.methods import METHODS, Method, make_method, split_method
 
 __all__ = ["PRESETS", "QUERY_TOKENS", "Contender", "RandomHead", "line_up"]
 
@@ -23,7 +24,7 @@ _PREFIX = 64  # APE's: a system prompt
 PRESETS = (
     "flash", "minference", "ring", "ring-zigzag", "ulysses", "star", "ape", "apb", "apb-balanced", "spava",
 )  # fmt: skip
-"""Methods that take their budgets from the length and the number of hosts."""
+"""The methods by name, and `apb-balanced`; their budgets follow from the length and the number of hosts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,11 +64,13 @@ class Contender:
     Attributes:
         label: its name, with the settings that were given.
         hosts: how many it runs on: one, if it knows no more.
+        backend: who computes its attention.
         make: makes it; may raise if it cannot run with these numbers.
     """
 
     label: str
     hosts: int
+    backend: str
     make: Callable[[], Method]
 
 
@@ -77,38 +80,43 @@ def line_up(names: Sequence[str], tokens: int, hosts: int, *, backend: Backend =
     A preset has the paper's budgets: l_a = min(n / 4H, 8192) anchor tokens, l_p = n / 8H passed by each block.
 
     Args:
-        names: of `PRESETS`; or a method with settings as `apb.methods.make_method` reads it ("apb:passing=512"), which
-            then has its own defaults, not a preset's.
+        names: of `PRESETS`; settings may follow as `apb.methods.make_method` reads them ("apb:passing=512"), and take
+            the place of the preset's; what they do not name stays as in the preset.
         tokens: n ≥ 1.
         hosts: H ≥ 1.
-        backend: who computes the attention.
+        backend: who computes the attention, where no setting says so.
 
     Raises:
-        ValueError: no such preset or method.
+        ValueError: no such preset, or a setting given twice.
     """
-    anchor, passing = min(tokens // (4 * hosts), 8192), tokens // (8 * hosts)
-    head = {"compressor": RandomHead(), "backend": backend}
-    makers: dict[str, Callable[[], Method]] = {
-        "flash": partial(Flash, backend=backend),
-        "minference": partial(MInference, backend=backend),
-        "ring": partial(Ring, backend=backend),
-        "ring-zigzag": partial(Ring, layout="zigzag", backend=backend),
-        "ulysses": partial(Ulysses, backend=backend),
-        "star": partial(Star, backend=backend),
-        "ape": partial(APE, prefix=_PREFIX, backend=backend),
-        "apb": partial(APB, anchor=anchor, passing=passing, **head),
-        # Two blocks a host, so that half as much from each is as much in all.
-        "apb-balanced": partial(APB, anchor=anchor, passing=passing // 2, layout="zigzag", split_anchor=True, **head),
-    }
-    found = []
+    settings, found = _settings(tokens, hosts), []
     for label in names:
-        name = label.partition(":")[0].strip()
-        if label not in PRESETS and name not in METHODS:
+        name, own = split_method(label)
+        if name not in PRESETS:
             raise ValueError(
-                f"methods: expected one of {', '.join(PRESETS)}, or a method with settings such as apb:passing=512, "
+                f"methods: expected one of {', '.join(PRESETS)}, or one with settings such as apb:passing=512, "
                 f"got {label!r}"
             )
-        make = makers.get(label, partial(make_method, label, backend=backend))
-        alone = name in METHODS and METHODS[name].one_host
-        found.append(Contender(label=label, hosts=1 if alone else hosts, make=make))
+        method = name if name in METHODS else "apb"
+        text = f"{method}:{label.partition(':')[2]}"
+        found.append(
+            Contender(
+                label=label,
+                hosts=1 if METHODS[method].one_host else hosts,
+                backend=own.get("backend", backend),
+                make=partial(make_method, text, backend=backend, **settings.get(name, {})),
+            )
+        )
     return found
+
+
+def _settings(tokens: int, hosts: int) -> dict[str, dict[str, Any]]:
+    """Return what the presets choose; of those that are not there, the method chooses itself."""
+    passing = tokens // (8 * hosts)
+    apb = {"anchor": min(tokens // (4 * hosts), 8192), "compressor": RandomHead()}
+    return {
+        "ape": {"prefix": _PREFIX},
+        "apb": {**apb, "passing": passing},
+        # Two blocks a host, so that half as much from each is as much in all.
+        "apb-balanced": {**apb, "passing": passing // 2, "layout": "zigzag", "split_anchor": True},
+    }

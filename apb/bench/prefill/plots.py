@@ -1,7 +1,8 @@
 """Pictures of a prefill benchmark: speed against length, what a layer's time goes into, time against hosts."""
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +22,27 @@ _PHASES = dict(zip(PHASES, ("#4477aa", "#ccbb44", "#ee6677", "#228833", "#66ccee
 _NOTE = 100  # characters that fit beside a method
 
 
-def speed(rows: Sequence[PrefillRow], path: str | Path, *, hosts: int | None = None) -> Path:
+def speed(
+    rows: Sequence[PrefillRow],
+    path: str | Path,
+    *,
+    hosts: int | None = None,
+    leave_out: Container[str] = ("minference",),
+) -> Path:
     """Draw document tokens per second to the first token against the document's length, a line a method.
 
     Args:
-        rows: of one mode, device and shape; what was measured twice counts as measured last.
+        rows: of one mode, device, shape and precision, by one backend and link; what was measured twice counts as
+            measured last.
         path: where to; ends in .svg, .png or .pdf.
         hosts: which number of them; the largest if None. Methods of one host are always drawn.
+        leave_out: methods that are not drawn. On random text MInference is as slow as it can be.
 
     Raises:
         ImportError: matplotlib is missing.
-        ValueError: rows of several modes, devices or shapes, fewer than two lengths, another ending, or no such folder.
+        ValueError: rows that are not comparable, fewer than two lengths, another ending, or no such folder.
     """
-    path, rows = check_picture(path), _timed(rows)
+    path, rows = check_picture(path), [row for row in _timed(rows) if row.method not in leave_out]
     hosts = max(by_hosts(rows)) if hosts is None else hosts
     shown = by_hosts(rows).get(hosts, [])
     lengths = sorted({row.tokens for row in shown})
@@ -125,10 +134,15 @@ def breakdown(
 
 def _timed(rows: Sequence[PrefillRow]) -> list[PrefillRow]:
     """Return the newest rows with times; raise if there are none, or they are not comparable."""
-    found = sorted({(row.mode, row.device, row.shape) for row in rows})
+    found = sorted({(row.mode, row.device, row.shape, row.dtype) for row in rows})
     if len(found) > 1:
-        raise ValueError(f"rows: expected one mode, device and shape, got {'; '.join(map(', '.join, found))}")
+        raise ValueError(
+            f"rows: expected one mode, device, shape and precision, got {'; '.join(map(', '.join, found))}"
+        )
     timed = [row for row in newest(rows) if math.isfinite(row.ttft_ms)]
+    ways = Counter((row.method, row.tokens, row.hosts) for row in timed)
+    if twice := sorted({method for (method, *_), count in ways.items() if count > 1}):
+        raise ValueError(f"rows: expected one backend and link of each method, got several of {', '.join(twice)}")
     if not timed:
         what = f"{len(rows)} rows without times" if rows else "no rows"
         raise ValueError(f"rows: expected some with times (measured or simulated) to draw, got {what}")

@@ -24,6 +24,9 @@ class PrefillRow:
         tokens: n, document tokens.
         hosts: H.
         method: its label, with settings.
+        backend: who computed the attention; what "auto" took. Empty in "counted".
+        dtype: of weights and activations.
+        link: what messages were charged in "simulated", where there are any.
         ttft_ms: time to first token: all layers' prefill, the question's pass and the first logits.
         low_ms, high_ms: least and most of the repeats.
         layer_ms: one layer on the slowest host, the mean over the layers, messages included.
@@ -31,12 +34,12 @@ class PrefillRow:
         query_ms: the question's pass and the first logits.
         peak_gbytes: most memory of a host, 10⁹ bytes; in "simulated" one layer's peak with all layers' caches and
             weights added.
-        formula_gbytes: the same by `memory.peak_bytes`.
+        formula_gbytes: the same by `memory.host_peak_bytes`.
         tflop: 10¹² operations of one layer on the host that has most.
         sent_mbytes: 10⁶ bytes that the host which sends most sends in one layer.
         load: each host's time in one layer without messages, in milliseconds ("counted": its 10¹² operations), in rank
             order, separated by spaces.
-        notes: whatever else has to be known: why it could not run, the link, the repeats.
+        notes: whatever else has to be known: why it could not run, the repeats, whether Python kept a GPU waiting.
     """
 
     date: str
@@ -49,6 +52,9 @@ class PrefillRow:
     tokens: int
     hosts: int
     method: str
+    backend: str = ""
+    dtype: str = ""
+    link: str = ""
     ttft_ms: float = math.nan
     low_ms: float = math.nan
     high_ms: float = math.nan

@@ -1,25 +1,28 @@
 """All lengths, all methods: one row for each, as soon as it is there."""
 
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
+from torch._subclasses import FakeTensorMode
 
-from apb.attend import Backend
+from apb.attend import Backend, choose_backend
+from apb.bench import environment, reason
 from apb.bench.prefill import counted, measured, simulated
-from apb.bench.prefill.case import Case, run_environment
+from apb.bench.prefill.case import Case
 from apb.bench.prefill.link import NVLINK, Link
 from apb.bench.prefill.methods import Contender, line_up
 from apb.bench.prefill.record import Mode, PrefillRow
 from apb.bench.prefill.shapes import SHAPES
 from apb.bench.prefill.store import Key
 from apb.device import pick_device, pick_dtype
-from apb.methods import METHODS, Flash
+from apb.methods import Flash
 from apb.parallel import Host, HostError, host_from_env
 
-__all__ = ["run_prefill"]
+__all__ = ["cases", "run_prefill"]
 
-_TIMEOUT_S = 900.0
+_TIMEOUT_S = 900.0  # the others wait while one host runs a one-host method
 
 
 def run_prefill(
@@ -43,19 +46,12 @@ def run_prefill(
     Under torchrun, "measured" runs on its ranks: all of them go through the same loop, and rank 0 speaks for all.
 
     Args:
-        shape: a name of `SHAPES`.
-        tokens: lengths of the document.
-        hosts: numbers of hosts. A method that knows one host runs on one, whatever is asked for, and once.
-        names: methods, as `line_up` takes them.
-        mode: how to find out.
-        repeats: how often to time, ≥ 1.
-        link: what messages cost in "simulated"; None is `NVLINK`.
+        shape, tokens, hosts, names, mode, link, dtype, backend: as in `cases`.
+        repeats: how often to time at least, ≥ 1.
         known: keys of the rows that are there already; those are left out.
         on_row: called with each row when it is done; on rank 0 alone.
         on_progress: called with a line on what is under way; on rank 0 alone.
         device: where to compute; None is the first GPU, or else the CPU.
-        dtype: of weights and activations; None is bfloat16, and where the CPU computes float32.
-        backend: who computes the attention.
 
     Raises:
         ValueError: a shape, a method or a number that cannot be, before anything runs. What fails later is a row
@@ -68,33 +64,69 @@ def run_prefill(
     if host is not None and set(counts) != {host.world_size}:
         raise ValueError(f"hosts: torchrun started {host.world_size} ranks, got {counts}; measure on as many hosts")
     device = (device or pick_device()) if host is None else host.device
-    if dtype is None:
-        dtype = torch.bfloat16 if mode == "counted" else pick_dtype("auto", device)
     speaks = host is None or host.rank == 0
     run = _Run(mode, repeats, link or NVLINK, host, on_progress if speaks else lambda text: None)
-    empty = Case(
-        shape=replace(SHAPES[shape], bytes_per_value=dtype.itemsize),
-        tokens=1,
-        hosts=1,
-        label="",
-        method=Flash(),
-        device=device,
-        dtype=dtype,
-    )
-    name, seen = run_environment(device)["device"], set()
-    for contender, length in _contenders(tokens, counts, names, backend):
-        key: Key = (mode, shape, length, contender.hosts, contender.label, name)
-        skip = key in seen or (key in known if host is None else host.all_gather_object(key in known, what="known")[0])
-        seen.add(key)
-        if skip:
+    wanted = cases(shape, tokens, counts, names, mode, link, device=device, dtype=dtype, backend=backend)
+    for key, (case, contender) in wanted.items():
+        if key in known if host is None else host.all_gather_object(key in known, what="known")[0]:
             continue
-        row = run(replace(empty, tokens=length, hosts=contender.hosts, label=contender.label), contender)
+        row = run(case, contender)
         if speaks:
             on_row(row)
         if run.broken is not None:
             raise run.broken
     if host is not None:
         host.close()
+
+
+def cases(
+    shape: str,
+    tokens: Sequence[int],
+    hosts: Sequence[int],
+    names: Sequence[str],
+    mode: Mode,
+    link: Link | None,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    backend: Backend = "auto",
+) -> dict[Key, tuple[Case, Contender]]:
+    """Return what there is to run, by what its rows are known by; the methods are still to be made.
+
+    Args:
+        shape: a name of `SHAPES`.
+        tokens: lengths of the document.
+        hosts: numbers of hosts. A method that knows one host runs on one, whatever is asked for, and once.
+        names: methods, as `line_up` takes them.
+        mode: how to find out.
+        link: what messages cost in "simulated"; None is `NVLINK`.
+        device: where to compute.
+        dtype: of weights and activations; None is bfloat16, and where the CPU computes float32.
+        backend: who computes the attention.
+
+    Raises:
+        ValueError: no such method.
+    """
+    if dtype is None:
+        dtype = torch.bfloat16 if mode == "counted" else pick_dtype("auto", device)
+    with FakeTensorMode():
+        auto = choose_backend(torch.empty(0, device=device, dtype=dtype))
+    model, name, found = replace(SHAPES[shape], bytes_per_value=dtype.itemsize), environment(device)["device"], {}
+    for length, count in ((length, count) for length in tokens for count in hosts):
+        for one in line_up(names, length, count, backend=backend):
+            case = Case(
+                shape=model,
+                tokens=length,
+                hosts=one.hosts,
+                label=one.label,
+                method=Flash(),
+                device=device,
+                dtype=dtype,
+                backend="" if mode == "counted" else auto if one.backend == "auto" else one.backend,
+                link=str(link or NVLINK) if mode == "simulated" and one.hosts > 1 else "",
+            )
+            found.setdefault(case.key(mode, name), (case, one))
+    return found
 
 
 class _Run:
@@ -107,35 +139,29 @@ class _Run:
         self.broken: HostError | None = None
 
     def __call__(self, case: Case, contender: Contender) -> PrefillRow:
+        cuda = case.device.type == "cuda"
+        with torch.cuda.device(case.device) if cuda else nullcontext():  # Triton launches on the current one
+            try:
+                return self._row(replace(case, method=contender.make()))
+            except Exception as error:
+                if self.host is not None and isinstance(error, HostError):
+                    self.broken = error
+                said = reason(error)
+                if cuda:
+                    torch.cuda.synchronize()  # raises if the device itself has failed: nothing more can be measured
+            finally:
+                torch.cuda.empty_cache()  # the next case has other sizes
+        return case.blank(self.mode, notes=said)
+
+    def _row(self, case: Case) -> PrefillRow:
         def tell(text: str) -> None:
             self.on_progress(f"{case.label}, {case.tokens} tokens: {text}")
 
-        try:
-            case = replace(case, method=contender.make())
-            if self.mode == "counted":
-                return counted.run_one(case)
-            if self.mode == "simulated":
-                return simulated.run_one(case, repeats=self.repeats, link=self.link, on_progress=tell)
-            return measured.run_one(case, repeats=self.repeats, on_progress=tell, host=self.host)
-        except Exception as error:
-            if self.host is not None and isinstance(error, HostError):
-                self.broken = error
-            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-            if torch.cuda.is_initialized():
-                torch.cuda.synchronize()  # raises if the device itself has failed: nothing more can be measured then
-        finally:
-            torch.cuda.empty_cache()  # the next case has other sizes
-        return case.blank(self.mode, notes=reason)
-
-
-def _contenders(
-    tokens: Sequence[int], hosts: Sequence[int], names: Sequence[str], backend: Backend
-) -> Iterator[tuple[Contender, int]]:
-    """Yield every method at every length and number of hosts."""
-    for length in tokens:
-        for count in hosts:
-            for contender in line_up(names, length, count, backend=backend):
-                yield contender, length
+        if self.mode == "counted":
+            return counted.run_one(case)
+        if self.mode == "simulated":
+            return simulated.run_one(case, repeats=self.repeats, link=self.link, on_progress=tell)
+        return measured.run_one(case, repeats=self.repeats, on_progress=tell, host=self.host)
 
 
 def _check(shape: str, tokens: Sequence[int], hosts: Sequence[int], names: Sequence[str], repeats: int) -> None:
@@ -147,5 +173,5 @@ def _check(shape: str, tokens: Sequence[int], hosts: Sequence[int], names: Seque
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: expected an integer ≥ 1, got {value!r}")
     for contender in line_up(names, 1, 1):
-        if contender.label.partition(":")[0].strip() in METHODS and ":" in contender.label:
+        if ":" in contender.label:
             contender.make()

@@ -1,5 +1,7 @@
 """One host's share of a benchmarked prefill: its rows through the layers, its caches, and the question's pass."""
 
+import math
+import time
 from collections.abc import Sequence
 from functools import partial
 
@@ -29,6 +31,9 @@ class Share:
         host: this member of the group.
         caches: how many layers keep their keys and values; further layers overwrite them in turn.
         seed: starts the draw of the document's tokens; the same on every host.
+
+    Attributes:
+        queued_ms: the least time that Python took to queue a layer of the last prefill.
     """
 
     def __init__(
@@ -43,25 +48,32 @@ class Share:
         sizes = (caches, 2, 1, shape.kv_heads, room, shape.head_dim)
         self._caches = [tuple(cache) for cache in torch.empty(sizes, dtype=decoder.dtype, device=decoder.device)]
         self._last: Tensor | None = None
+        self.queued_ms = math.inf
 
     @torch.inference_mode()
-    def prefill(self, traces: Sequence[Trace]) -> None:
+    def prefill(self, traces: Sequence[Trace]) -> NanWatch:
         """Run this host's rows through as many layers as there are traces, each noting the layer's phases in its own.
 
+        Returns:
+            What to ask whether the method's scores were NaN; asking waits for the device, and this does not.
+
         Raises:
-            ValueError: the method's scores are NaN.
             HostFailed: another host failed.
         """
         watch = NanWatch()
         needs = "projections" in self.method.needs
         x = self.decoder.embed(self.plan.host_rows(self.host.rank, self.document, self.query))
         rope = self.decoder.rope(self.plan.positions(self.host.rank))
+        self.queued_ms = math.inf
         for number, trace in enumerate(traces):
             attend = partial(self._attend, number, trace, watch)
+            began = time.perf_counter()
             with trace.phase("layer"):
                 self.decoder.layer(x, rope, attend, trace, projections=needs)
+            # The least, since Python waits, too, once it has queued as much as the device takes.
+            self.queued_ms = min(self.queued_ms, 1e3 * (time.perf_counter() - began))
         self._last = x[-1:].clone() if self._share.query_rows else None
-        watch.check()
+        return watch
 
     @torch.inference_mode()
     def ask(self, traces: Sequence[Trace]) -> Tensor:

@@ -5,16 +5,18 @@
 
 A host waits for no other in here, as it may inside a real layer. Messages are charged in full, as if nothing ran under
 them, but for Ring, whose sends run under its computing: there the larger of attention and messages is charged. The
-embedding of the rows, one copy, is left out.
+embedding of the rows, one copy, is left out, and so is what a GPU waits for Python.
 """
 
+import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
 
+from apb.bench.clock import queue_ahead
 from apb.bench.prefill.case import Case, phase_columns
 from apb.bench.prefill.layer import Decoder
 from apb.bench.prefill.link import Link
@@ -29,6 +31,9 @@ from apb.parallel.host import Counters
 
 __all__ = ["run_one"]
 
+_ENOUGH_S = 0.5
+_MOST = 200  # layers, where they are short
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Timed:
@@ -40,6 +45,8 @@ class _Timed:
         logits_ms: the last norm and the output embedding.
         sent: what a layer of the prefill sends, and what one of the question's pass.
         peak_bytes: with one layer's cache, beyond the weights.
+        queued_ms: what Python takes to queue a layer of the prefill.
+        density: a note on what the method attends to, if its text decides.
     """
 
     layers: list[dict[str, float]]
@@ -47,6 +54,8 @@ class _Timed:
     logits_ms: float
     sent: tuple[Counters, Counters]
     peak_bytes: int
+    queued_ms: float
+    density: str
 
 
 def run_one(case: Case, *, repeats: int, link: Link, on_progress: Callable[[str], None]) -> PrefillRow:
@@ -54,7 +63,7 @@ def run_one(case: Case, *, repeats: int, link: Link, on_progress: Callable[[str]
 
     Args:
         case: what to run.
-        repeats: layers to time on each host, ≥ 1; one more warms up.
+        repeats: layers to time on each host at least, ≥ 1; others warm up.
         link: what messages cost.
         on_progress: told which host's turn it is.
 
@@ -69,34 +78,73 @@ def run_one(case: Case, *, repeats: int, link: Link, on_progress: Callable[[str]
         on_progress(f"rank {rank} of {case.hosts}")
         hosts.append(_time_host(case, decoder, method, rank, repeats))
     columns = _put_together(case, hosts, link)
-    notes = [f"{repeats} repeats", _link_note(case, link), _room_note(columns["peak_gbytes"], case.device)]
+    slowest = max(hosts, key=lambda host: _middle(host.layers)["layer"])
+    notes = [
+        f"{len(slowest.layers)} repeats",
+        slowest.density,
+        case.wait_note(slowest.queued_ms, _middle(slowest.layers)["layer"]),
+        _link_note(case, link),
+        _room_note(columns["peak_gbytes"], case.device),
+    ]
     return replace(case.row("simulated", notes=", ".join(filter(None, notes))), **columns)
 
 
 def _time_host(case: Case, decoder: Decoder, method: Method, rank: int, repeats: int) -> _Timed:
-    """Run one host's share as layers in a row, the first of them to warm up, and the question's pass."""
+    """Run one host's share, a layer after the other, and the question's pass."""
     host, memory = LoneHost(rank, case.hosts, case.device), PeakMemory(case.device)
-    new_trace = partial(Trace, timed=True, device=case.device)
     share = Share(decoder, method, case.plan, host, caches=1)
-    counts = []
-    found: list[list[dict[str, float]]] = []
-    for run in (share.prefill, share.ask):
-        before = host.counters.copy()
-        run([new_trace()])
-        counts.append(host.counters.since(before))
-        traces = [new_trace() for _ in range(repeats)]
-        run(traces)
-        found.append([trace.phase_ms for trace in traces])
-    last = new_trace()
+    counted = Trace(counted=True)
+    share.prefill([counted]).check()
+    sent = [host.counters.copy()]
+    share.ask([Trace()])
+    sent.append(host.counters.since(sent[0]))
+    layers, queued_ms = _time_layers(share.prefill, case.device, repeats)
+    questions, _ = _time_layers(share.ask, case.device, repeats)
+    last = Trace(timed=True, device=case.device)
+    queue_ahead(case.device)
     with last.phase("logits"):
         share.ask([])
     return _Timed(
-        layers=found[0],
-        questions=found[1],
+        layers=layers,
+        questions=questions,
         logits_ms=last.phase_ms["logits"],
-        sent=(counts[0], counts[1]),
-        peak_bytes=memory.bytes,
+        sent=(sent[0], sent[1]),
+        peak_bytes=max(0, memory.bytes - host.noise_bytes),
+        queued_ms=queued_ms,
+        density=case.density_note(counted),
     )
+
+
+def _time_layers(
+    run: Callable[[list[Trace]], object], device: torch.device, repeats: int
+) -> tuple[list[dict[str, float]], float]:
+    """Return the phases of single layers, and what Python takes to queue one.
+
+    On a GPU, half a second of layers, or `repeats` of them, after as long a warm-up. If Python is slow, the device
+    waits before each, so that all of it is queued when it begins.
+    """
+    queued_ms = math.inf
+
+    def once(ahead_ms: float = 0.0) -> Trace:
+        nonlocal queued_ms
+        trace = Trace(timed=True, device=device)
+        if ahead_ms:
+            queue_ahead(device, ahead_ms)
+        began = time.perf_counter()
+        run([trace])
+        queued_ms = min(queued_ms, 1e3 * (time.perf_counter() - began))
+        return trace
+
+    ahead_ms = 0.0
+    if device.type == "cuda":
+        until, layer_ms = time.perf_counter() + _ENOUGH_S, once().phase_ms.get("layer", math.inf)
+        while math.isfinite(layer_ms) and time.perf_counter() < until:  # it is not, where the question has run along
+            layer_ms = once().phase_ms["layer"]
+        repeats = max(repeats, min(_MOST, math.ceil(1e3 * _ENOUGH_S / layer_ms)))
+        ahead_ms = 1.5 * queued_ms if queued_ms > 0.8 * layer_ms else 0.0
+        queue_ahead(device)
+    traces = [once(ahead_ms) for _ in range(repeats)]
+    return [trace.phase_ms for trace in traces], queued_ms
 
 
 def _put_together(case: Case, hosts: list[_Timed], link: Link) -> dict[str, Any]:
@@ -133,7 +181,7 @@ def _link_note(case: Case, link: Link) -> str:
     """Say what messages were charged."""
     if case.hosts == 1:
         return ""
-    return f"{link}{', sends under the attention' * isinstance(case.method, Ring)}"
+    return f"{link.note}{', sends under the attention' * isinstance(case.method, Ring)}"
 
 
 def _room_note(peak_gbytes: float, device: torch.device) -> str:

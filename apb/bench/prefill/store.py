@@ -3,19 +3,31 @@
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from apb.bench import read_rows
 from apb.bench.prefill.record import PrefillRow
 
 __all__ = ["Key", "done", "failed", "key", "newest", "read"]
 
-Key = tuple[str, str, int, int, str, str]
-"""What a row is known by: mode, shape, tokens, hosts, method and device."""
+
+class Key(NamedTuple):
+    """What a row is known by: columns of `PrefillRow`."""
+
+    mode: str
+    shape: str
+    tokens: int
+    hosts: int
+    method: str
+    device: str
+    backend: str
+    dtype: str
+    link: str
 
 
 def key(row: PrefillRow) -> Key:
     """Return what a row is known by."""
-    return row.mode, row.shape, row.tokens, row.hosts, row.method, row.device
+    return Key(*(getattr(row, name) for name in Key._fields))
 
 
 def failed(row: PrefillRow) -> bool:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from apb.bench.prefill.record import PHASES, PrefillRow
 from apb.bench.prefill.store import failed
@@ -114,11 +114,12 @@ def by_hosts(rows: Iterable[PrefillRow]) -> dict[int, list[PrefillRow]]:
 
 
 def blocks(rows: Iterable[PrefillRow]) -> list[Block]:
-    """Lay out rows, of what was measured twice the newest: by mode and device, shape, length and number of hosts."""
-    groups: dict[tuple[str, str, str, int], dict[tuple[str, int], PrefillRow]] = {}
+    """Lay out rows, of what was measured twice the newest: by mode, device and precision, shape, length, and hosts."""
+    groups: dict[tuple[str, str, str, str, int], dict[tuple[str | int, ...], PrefillRow]] = {}
     for row in rows:
         device = "" if row.mode == "counted" else row.device  # what is counted is the same everywhere
-        groups.setdefault((row.mode, device, row.shape, row.tokens), {})[row.method, row.hosts] = row
+        one = row.method, row.hosts, row.backend, row.link
+        groups.setdefault((row.mode, device, row.dtype, row.shape, row.tokens), {})[one] = row
     return [
         _block(found, hosts)
         for _, group in sorted(groups.items(), key=lambda group: group[0])
@@ -144,11 +145,12 @@ def _block(rows: Sequence[PrefillRow], hosts: int) -> Block:
     first = rows[0]
     counted = first.mode == "counted"
     flash = next((row for row in rows if row.method == "flash"), None)
+    rows = _told_apart(rows)
     tables = [_counted_table(rows, flash)] if counted else [_timed_table(rows, flash), _phase_table(rows)]
     said = {note: [row.method for row in rows if row.notes == note] for note in dict.fromkeys(r.notes for r in rows)}
     return Block(
         title=f"{first.shape}, {length_text(first.tokens)} tokens, {hosts} host{'s' * (hosts > 1)}, {first.mode}",
-        about=f"{_ABOUT.get(first.mode, '{}').format(first.device)}; {_versions(rows)}",
+        about=f"{_ABOUT.get(first.mode, '{}').format(first.device)}; {_versions(rows)}{_precision(rows)}",
         tables=tuple(tables),
         notes=tuple(
             note if len(methods) == len(rows) else f"{', '.join(methods)}: {note}"
@@ -157,6 +159,26 @@ def _block(rows: Sequence[PrefillRow], hosts: int) -> Block:
         ),
         legend=LEGEND["counted" if counted else "timed"],
     )
+
+
+def _told_apart(rows: Sequence[PrefillRow]) -> list[PrefillRow]:
+    """Put the backend, or the link, behind a method's name where the same method is there with another one."""
+    rows = list(rows)
+    for column in ("backend", "link"):
+        held: dict[str, set[str]] = {}
+        for row in rows:
+            held.setdefault(row.method, set()).add(getattr(row, column))
+        rows = [
+            replace(row, method=f"{row.method} ({getattr(row, column)})") if len(held[row.method]) > 1 else row
+            for row in rows
+        ]
+    return rows
+
+
+def _precision(rows: Sequence[PrefillRow]) -> str:
+    """Say in which precision rows were computed, and by whom."""
+    backends = " and ".join(sorted({row.backend for row in rows} - {""}))
+    return "".join(f", {text}" for text in (rows[0].dtype, backends and f"attention by {backends}") if text)
 
 
 def _timed_table(rows: Sequence[PrefillRow], flash: PrefillRow | None) -> Table:
