@@ -12,24 +12,61 @@ TUTORIALS = sorted(ROOT.glob("tutorials/[0-9]*.py"))
 
 # Answers with a plausible mistake, as expressions over the tutorial's own names.
 WRONG = {
-    "1_split_a_context": [
+    "0_all_of_apb_on_one_page": [
+        "lambda a, p, b: (a + b) * (a + p + b + 1) // 2",  # one large triangle
+        "lambda a, p, b: b * (a + p) + b * (b + 1) // 2",  # the anchor's own rows left out
+        "lambda a, p, b: a * (a + 1) // 2 + b * (a + p) + b * (b - 1) // 2",  # nobody sees itself
+    ],
+    "1_exact_attention_three_ways": [
+        "lambda whole, part: (whole[0] - part[0], whole[1] - part[1])",  # outputs and LSEs simply subtracted
+        "lambda whole, part: (whole[0], answer(whole, part)[1])",  # the output left as it was
+        "lambda whole, part: (answer(whole, part)[0], (whole[1].exp() - part[1].exp()).log())",  # e^3000 overflows
+    ],
+    "3_what_a_mask_means": [
+        "lambda mask, listener, speaker: 1 if mask[listener, speaker] else None",  # one layer only
+        "lambda mask, listener, speaker: answer(mask.T, listener, speaker)",  # rows taken for columns
+        "lambda mask, listener, speaker: (answer(mask, listener, speaker) or 1) - 1 or None",  # one layer too few
+    ],
+    "8_is_it_right": [
+        # looks at the output alone
+        "lambda merge, seed: (x := (torch.randn(3, 1, 1, 4, 16), torch.randn(3, 1, 1, 4)), torch.testing.assert_close("
+        "merge(*x)[0].double(), reference.merge(*x)[0], atol=1e-5, rtol=1e-5))",
+        # no part that is empty
+        "lambda merge, seed: (x := (torch.randn(3, 1, 1, 4, 16), 100 * torch.randn(3, 1, 1, 4)), [torch.testing."
+        "assert_close(y.double(), z, atol=1e-5, rtol=1e-5) for y, z in zip(merge(*x), reference.merge(*x))])",
+        # bit by bit
+        "lambda merge, seed: (x := (torch.randn(3, 1, 1, 4, 16), torch.randn(3, 1, 1, 4)), [torch.testing."
+        "assert_close(y.double(), z, atol=0, rtol=0) for y, z in zip(merge(*x), reference.merge(*x))])",
+    ],
+    "7_from_triton_to_hopper": [
+        "lambda program, tiles, group: (program // (tiles * group), program // group % tiles, "
+        "program % group)",  # the first rows first
+        "lambda program, tiles, group: (program // (tiles * group), tiles - 1 - program % tiles, "
+        "program // tiles % group)",  # one query head after the other
+    ],
+    "10_is_it_any_good": [
+        "lambda a, b: (answer(a, b)[0], (a.var() / len(a) + b.var() / len(b)) ** 0.5)",  # as if nothing were shared
+        "lambda a, b: (answer(a, b)[0], (b - a).std())",  # the spread of one question
+        "lambda a, b: (answer(b, a)[0], answer(b, a)[1])",  # the wrong way round
+    ],
+    "2_split_a_context": [
         "lambda index, hosts: index % hosts",  # dealt out in turn
         "lambda index, hosts: index // 2",  # contiguous pairs
     ],
-    "2_choose_which_keys_to_keep": [
+    "4_choose_which_keys_to_keep": [
         "lambda k, query: answer(k, query.mean(dim=2, keepdim=True))",  # the mean before the maximum
         "lambda k, query: answer(k, query.roll(1, dims=1))",  # another grouping of heads
         "lambda k, query: (query @ k.repeat_interleave(2, dim=1).mT).amax(dim=2)",  # a score a query head
     ],
-    "3_pass_blocks_between_hosts": [
+    "5_pass_blocks_between_hosts": [
         "lambda gathered, index, hosts: torch.cat((gathered[0] + gathered[1])[:index], dim=2)",  # not mirrored
         "lambda gathered, index, hosts: torch.cat((gathered[0] + gathered[1][::-1])[:index + 1], dim=2)",  # itself too
     ],
-    "4_masked_flash_attention": [
+    "6_masked_flash_attention": [
         "lambda first, end, a, p: (first + p + 1, end + p)",  # the anchor's rows shifted too
         "lambda first, end, a, p: (answer(first, end, a, p)[0] - 1, answer(first, end, a, p)[1])",  # off by one
     ],
-    "5_apb_end_to_end": [
+    "9_put_it_into_a_model": [
         "lambda q, keys, values: apb.merge(*(torch.stack(x) for x in zip(*("
         "apb.decode_attention(q, k, v, causal=True) for k, v in zip(keys, values)))))[0]",  # causal everywhere
         "lambda q, keys, values: apb.merge(*(torch.stack(x) for x in zip(*("

@@ -7,7 +7,7 @@
 # ---
 
 # %% [markdown]
-# # 1. Split a context
+# # 2. Split a context
 #
 # **Goal.** Know, for every host, which tokens it holds, at which positions, and what that costs — before any tensor is
 # computed.
@@ -19,7 +19,9 @@
 # We cut a short text into blocks by hand, add what APB adds, and then let `apb.plan_context` do it.
 
 # %%
+import matplotlib.pyplot as plt
 import torch
+from matplotlib.colors import ListedColormap
 
 from apb import plan_context
 from apb.costs import attention_pairs
@@ -86,7 +88,7 @@ for rank, block in enumerate(blocks):
     start = rank * l_b
     positions.append(torch.cat([torch.arange(len(anchor)), torch.arange(start, start + len(block))]))
 
-# passing = 3: each block will hand at most 3 of its tokens to the hosts behind it (tutorial 2 chooses which).
+# passing = 3: each block will hand at most 3 of its tokens to the hosts behind it (tutorial 4 chooses which).
 plan = plan_context(tokens=n, hosts=H, anchor=l_a, passing=3, query=l_q, query_offset=s)
 for rank in range(H):
     assert torch.equal(rows[rank], plan.host_rows(rank, document, question))
@@ -103,28 +105,42 @@ print(plan)
 #
 # On one host the keys stand in the order [A, P, B]: anchor, passing block, block. The rows that ask are [A, B]: passed
 # tokens come as keys and values and ask nothing. An anchor row i sees A[0..i]; a block row j sees all of A, all of P
-# and B[0..j]. Here is the mask of rank 2, drawn from `apb.reference.apb_mask`, the definition that all fast code is
-# tested against.
+# and B[0..j]. `apb.reference.apb_mask` is the definition that all fast code is tested against. Here it is for each
+# host: orange the anchor, green the passing block, blue the host's own block.
 
 # %%
-me = plan.host(2).blocks[0]
-a, p, b = plan.host(2).anchor_rows, me.passing_tokens, me.tokens
-mask = apb_mask(rows=a + b, columns=a + p + b, anchor_tokens=a, passing_tokens=p)
-print("A" * a + "P" * p + "B" * b)
-for row in mask:
-    print("".join("█" if seen else "·" for seen in row.tolist()))
+COLOURS = {"anchor": "#e8a33d", "passing block": "#4f9d69", "block": "#4878a8"}
+
+
+def parts(plan, block):
+    """How many keys of A, P and B the rows of a block see."""
+    return plan.anchor_rows * block.sees_anchor, block.passing_tokens, block.tokens
+
+
+figure, panels = plt.subplots(1, H, figsize=(9, 2.4), layout="constrained")
+for block, panel in zip(plan.blocks, panels, strict=True):
+    a, p, b = parts(plan, block)
+    mask = apb_mask(rows=a + b, columns=a + p + b, anchor_tokens=a, passing_tokens=p)
+    part = torch.tensor([1] * a + [2] * p + [3] * b)
+    panel.imshow(part * mask, cmap=ListedColormap(["#eeeeee", *COLOURS.values()]), vmin=0, vmax=3)
+    panel.set_title(f"rank {block.rank}: {int(mask.sum())} pairs", fontsize=10)
+    panel.set(xlim=(-0.5, 25), ylim=(19, -0.5), xlabel="keys")
+panels[0].set(ylabel="rows")
+figure.set_label(
+    "Four masks. Rank 0 has one triangle, its block. The others have a small triangle, the anchor's own rows; below it "
+    "a rectangle, anchor and passing block; behind that the block's triangle. The green part grows from rank to rank."
+)
 
 # %% [markdown]
 # ## What it costs
 #
-# A filled cell is one query–key pair, the unit of attention's work. `apb.costs` counts them from the plan without
+# A coloured cell is one query–key pair, the unit of attention's work. `apb.costs` counts them from the plan without
 # making a mask; the two counts must agree. That is this tutorial's assertion against the reference.
 
 # %%
-for rank in range(H):
-    host, block = plan.host(rank), plan.host(rank).blocks[0]
-    a, p, b = host.anchor_rows, block.passing_tokens, block.tokens
-    assert attention_pairs(plan, rank) == int(apb_mask(a + b, a + p + b, a, p).sum())
+for block in plan.blocks:
+    a, p, b = parts(plan, block)
+    assert attention_pairs(plan, block.rank) == int(apb_mask(a + b, a + p + b, a, p).sum())
 
 # A real size: 128K tokens on 8 hosts, with the anchor and passing lengths of the paper. No tensor is needed for that.
 large = plan_context(tokens=131072, hosts=8, anchor=4096, passing=2048, query=40)
@@ -138,11 +154,60 @@ for rank in range(8):
 # An even share of exact attention would be 12.5 % per host. The approximation makes it a few per cent, and that is what
 # APB buys by letting a host see a selection of the distant tokens instead of all of them.
 #
+# ## Two blocks a host
+#
+# The last host still has most to do, because it receives most, and everybody waits for it. (In exact attention its rows
+# see the whole document, and that is far worse.) The **zigzag** layout cuts 2H blocks and gives rank r the blocks r and
+# 2H − 1 − r, an early one and a late one. Each passes on half as much, so that a host sends as many tokens as before.
+# (Other blocks are another approximation: not only is work moved, a token also sees other keys.) The titles say what
+# the least and the most busy rank scores, as a share of exact attention's pairs.
+
+# %%
+zigzag = plan_context(tokens=131072, hosts=8, anchor=4096, passing=1024, query=40, layout="zigzag")
+figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), sharex=True, sharey=True, layout="constrained")
+for panel, layout in zip(panels, (large, zigzag), strict=True):
+    for block in layout.blocks:
+        late, left = block.index >= layout.hosts, 0
+        for width, (name, colour) in zip(parts(layout, block), COLOURS.items(), strict=True):
+            label = name if block.index == 1 else None
+            height = 0.8 / layout.blocks_per_host
+            place = block.rank - 0.4 + height / 2 + late * height
+            panel.barh(place, width, 0.9 * height, left, color=colour, label=label)
+            left += width
+    pairs = [attention_pairs(layout, rank) / exact for rank in range(8)]
+    panel.set_title(f"{layout.layout}: {min(pairs):.1%} to {max(pairs):.1%} of the pairs", fontsize=10)
+panels[0].set(ylabel="rank", yticks=range(8))
+panels[0].invert_yaxis()
+figure.supxlabel("keys that the rows of a block see", fontsize=10)
+figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
+figure.set_label(
+    "Bars of keys for 8 ranks. Contiguous: one bar each, as long a block everywhere, the green passing block growing "
+    "from nothing on rank 0 to nearly as much as the block on rank 7. Zigzag: two bars each with shorter blocks; where "
+    "the upper one has little green the lower one has much, so that all ranks have nearly as much together."
+)
+
+# %% [markdown]
+# ## An anchor in shares
+#
+# All hosts but the first run the same anchor rows. They may deal them out instead: `split_anchor=True` cuts those rows
+# into 2H pieces, and every rank r runs numbers r and 2H − 1 − r. Anchor row i sees i + 1 keys, so again a near and a
+# far piece make all shares as much work, where 2H divides the rows. (Here 9 rows make 8 pieces; rank 0 has one more.)
+# The shares' keys and values travel together with the passed tokens, and the result is the same.
+
+# %%
+shared = plan_context(tokens=n, hosts=H, anchor=l_a, passing=3, query=l_q, query_offset=s, split_anchor=True)
+for rank in range(H):
+    mine = torch.cat([torch.arange(*span) for span in shared.host(rank).anchor_spans])
+    ids = shared.host_rows(rank, document, question)[: len(mine)]
+    print(f"rank {rank} runs rows {mine.tolist()}, {words(ids)!r}: {int((mine + 1).sum())} pairs")
+
+large_shared = plan_context(tokens=131072, hosts=8, anchor=4096, passing=2048, query=40, split_anchor=True)
+print(f"128K tokens on 8 hosts: rank 7 runs {large_shared.host(7).rows} rows in place of {large.host(7).rows}")
+
+# %% [markdown]
 # ## Your turn
 #
-# With contiguous blocks the last host of *exact* attention works most: its rows see everything. The **zigzag** layout
-# cuts 2H blocks and gives rank r the blocks r and 2H − 1 − r, an early one and a late one. Write the inverse: which
-# rank holds block number `index`?
+# Zigzag gives rank r the blocks r and 2H − 1 − r. Write the inverse: which rank holds block number `index`?
 
 
 # %%
@@ -180,5 +245,5 @@ def answer(index, hosts):
 #   40 --picture plan.svg` draws it.
 # - `apb.costs.host_cost` turns a plan into FLOPs and bytes for a model's shape.
 #
-# **Read next:** [2. Choose which keys to keep](2_choose_which_keys_to_keep.md), or the
+# **Read next:** [3. What a mask means](3_what_a_mask_means.md), or the
 # [module page of the plan](../modules/plan.md).

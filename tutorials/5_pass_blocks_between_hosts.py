@@ -7,7 +7,7 @@
 # ---
 
 # %% [markdown]
-# # 3. Pass blocks between hosts
+# # 5. Pass blocks between hosts
 #
 # **Goal.** Send what every block kept to the hosts behind it, in one message that travels while other work goes on; run
 # the same code on threads and on processes; and see what a failure says.
@@ -18,6 +18,9 @@
 # show.
 
 # %%
+import time
+
+import matplotlib.pyplot as plt
 import torch
 
 from apb import merge, plan_context, reference
@@ -41,7 +44,8 @@ print(run_threads(3, hello))  # one result a host
 # never look at what later ranks sent: a token may not attend to the future.
 #
 # We take random keys and values for a document of 4 blocks, and keep, to have something definite, each block's first
-# tokens. K and V go in one message, side by side along the last dimension.
+# tokens ([tutorial 4](4_choose_which_keys_to_keep.md) chose better). K and V go in one message, side by side along the
+# last dimension.
 
 # %%
 H, l_p, kv_heads, dim = 4, 3, 2, 16
@@ -65,8 +69,10 @@ for rank, (k, _) in enumerate(by_hand):
 
 # %% [markdown]
 # `PassingBlocks` does the same from the plan: it knows how many tokens each block passes, pads shorter shares and cuts
-# the padding off again, and puts zigzag blocks into the document's order. The host counts what it has sent; the formula
-# is (H − 1) · l_p · H_kv · 2d values per host and layer.
+# the padding off again, and puts zigzag blocks into the document's order. `start(0, message)` starts the message of a
+# host's block number 0 (in zigzag there is a number 1), `wait(block)` returns the passing block of that block. The host
+# counts what it has sent; the formula is (H − 1) · l_p · H_kv · 2d values per host and layer. (That is so for the last
+# host, too: nobody reads its block, it keeps nothing, and an all-gather wants equal shares, so it sends padding.)
 
 
 # %%
@@ -76,6 +82,7 @@ def pass_with_library(host):
     passing = PassingBlocks(plan, host)
     passing.start(0, torch.cat((k, v), dim=-1))
     received = passing.wait(block)
+    passing.finish()  # waits for what no block here reads: on rank 0, for everything
     assert host.counters.sent_bytes["passing"] == (H - 1) * l_p * kv_heads * 2 * dim * k.element_size()
     return received
 
@@ -92,13 +99,64 @@ assert_same(run_threads(H, pass_with_library), by_hand)
 #
 # `run_threads` needs nothing and is what most tests use. `run_simulated` lets only one thread compute at a time, so
 # that each host's share can be timed alone on a single device. `run_processes` starts real processes that talk through
-# `torch.distributed`; with `torchrun`, `host_from_env()` finds the host of the process it runs in. All give the same
-# bits.
+# `torch.distributed`. All give the same bits. What differs is who does what when, so we let every host look at a clock.
+# Two naps stand for work: scoring before the message is sent, which takes rank 2 longer than the others, and something
+# that needs no passing block while the message is under way.
 
 # %%
-assert_same(run_simulated(H, pass_with_library), by_hand)
-assert_same(run_processes(H, pass_with_library), by_hand)
+SCORING, OTHER_WORK = (0.02, 0.03, 0.08, 0.02), 0.03  # seconds
+
+
+def with_a_clock(host):
+    host.all_gather(torch.zeros(1), what="ready").wait()  # begin together
+    block = plan.host(host.rank).blocks[0]
+    k, v = (parts[host.rank][:, :, : block.kept_tokens] for parts in (host_keys, host_values))
+    clock = [time.time()]
+    time.sleep(SCORING[host.rank])
+    clock.append(time.time())
+    passing = PassingBlocks(plan, host)
+    passing.start(0, torch.cat((k, v), dim=-1))
+    time.sleep(OTHER_WORK)
+    clock.append(time.time())
+    received = passing.wait(block)
+    clock.append(time.time())
+    passing.finish()
+    return received, clock
+
+
+KINDS = {"scoring": "#4878a8", "other work": "#9fb8d0", "waiting": "#e8a33d"}
+figure, panels = plt.subplots(3, 1, figsize=(8, 5.4), sharex=True, layout="constrained")
+for panel, run in zip(panels, (run_threads, run_simulated, run_processes), strict=True):
+    received, clocks = zip(*run(H, with_a_clock), strict=True)
+    assert_same(received, by_hand)
+    ms = 1000 * (torch.tensor(clocks, dtype=torch.float64) - min(min(clock) for clock in clocks))
+    for (kind, colour), start, stop in zip(KINDS.items(), ms.T, ms.T[1:], strict=False):
+        panel.barh(range(H), stop - start, 0.6, start, color=colour, label=kind)
+    for sender in range(H):
+        for reader in range(sender + 1, H):
+            ends = {"xy": (ms[reader, 3], reader), "xytext": (ms[sender, 1], sender)}
+            panel.annotate("", **ends, arrowprops={"arrowstyle": "->", "linewidth": 0.8})
+    panel.set(ylabel="rank", yticks=range(H), title=run.__name__)
+    panel.invert_yaxis()
+panels[-1].set_xlabel("milliseconds; an arrow leads from where a message is sent to where it is read")
+figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
+figure.set_label(
+    "Time lines of 4 ranks, on threads, simulated hosts and processes. On threads and processes all work at the same "
+    "time; ranks 1 and 3 wait until rank 2, the slowest, has sent. Ranks 0 and 2 hardly wait. Simulated hosts work one "
+    "after the other. Arrows lead from every rank to all later ones."
+)
 print("threads, simulated hosts and processes agree")
+
+# %% [markdown]
+# The gather is one message to all, complete when the slowest host has sent. So rank 1 waits for rank 2, although it
+# reads rank 0 only. Rank 2 had other work while the messages were under way, and does not wait at all; nor does rank 0,
+# which reads nothing. Simulated hosts take turns, and the clock of their own work, `host.compute_ms`, stands still
+# while they wait.
+#
+# On GPUs the body stays as it is. `torchrun --nproc-per-node 4 my_script.py` starts a process for each GPU, in which
+# `host_from_env()` returns its host. NCCL carries the messages on a stream of its own, so `start` returns before
+# anything was sent. `wait` does not hold up Python either: it lets the GPU's current stream wait, and with it every
+# kernel that is launched later.
 
 # %% [markdown]
 # ## A complete exchange computes exact attention
@@ -119,6 +177,7 @@ def attend(host):
     passing = PassingBlocks(everything, host)
     passing.start(0, torch.cat((k, v), dim=-1)[:, :, : block.kept_tokens])
     p_k, p_v = passing.wait(block)
+    passing.finish()
     mask = reference.apb_mask(block.tokens, block.passing_tokens + block.tokens, 0, block.passing_tokens)
     out, _ = reference.attention(q, torch.cat((p_k, k), dim=2), torch.cat((p_v, v), dim=2), mask)
     return out
@@ -133,8 +192,9 @@ torch.testing.assert_close(together, exact)
 # ## Joining partial attention
 #
 # Hosts need not even send keys, if all of them have the query: each attends to its own keys and sends the result and
-# its log-sum-exp (LSE). The parts merge to the whole, in any order, l = log Σ exp(l_i), o = Σ o_i · exp(l_i − l). This
-# is how the question and every generated token attend to caches that stay where they are.
+# its log-sum-exp (LSE). The parts merge to the whole, in any order, l = log Σ exp(l_i), o = Σ o_i · exp(l_i − l), as in
+# [tutorial 1](1_exact_attention_three_ways.md). This is how the question and every generated token attend to caches
+# that stay where they are.
 
 # %%
 last = Q[:, :, -1:]  # one row that sees the whole document
@@ -222,6 +282,6 @@ def answer(gathered, index, hosts):
 # - Process hosts publish a heartbeat, so that survivors can say *which* host died and in which collective.
 # - `apb.parallel.decode.start_attend_over_hosts` is the merge above as one asynchronous message.
 #
-# **Read next:** [4. Masked flash attention](4_masked_flash_attention.md), the
+# **Read next:** [6. Masked flash attention](6_masked_flash_attention.md), the
 # [module page of passing](../modules/passing.md), or how to
 # [run on several GPUs](../how-to/run-on-several-gpus.md).

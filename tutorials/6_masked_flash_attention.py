@@ -7,7 +7,7 @@
 # ---
 
 # %% [markdown]
-# # 4. Masked flash attention
+# # 6. Masked flash attention
 #
 # **Goal.** Compute attention under APB's mask without ever holding the matrix of scores, first in plain PyTorch, then
 # as a Triton kernel of your own.
@@ -18,7 +18,9 @@
 # %%
 import os
 
+import matplotlib.pyplot as plt
 import torch
+from matplotlib.colors import ListedColormap
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -41,12 +43,10 @@ k, v = (torch.randn(1, 1, columns, dim, device=device) for _ in range(2))
 #
 # Keys stand as [A, P, B], rows as [A, B]. Anchor row i sees A[0..i]; block row j sees all of A, all of P and B[0..j].
 # So row i sees the columns up to i if it is in A, and up to i + |P| if it is in B: **causal attention whose limit jumps
-# by the passing length at the block**. Every fourth row:
+# by the passing length at the block**.
 
 # %%
 mask = apb_mask(rows, columns, a, p).to(device)
-for i in range(3, rows, 4):
-    print(f"row {i:>2}  " + "".join("█" if seen else "·" for seen in mask[i].tolist()))
 limit = torch.arange(rows, device=device) + p * (torch.arange(rows, device=device) >= a)
 assert torch.equal(mask, torch.arange(columns, device=device) <= limit[:, None])
 truth, truth_lse = attention(q, k, v, mask)  # float64, the definition
@@ -55,10 +55,11 @@ scale = dim**-0.5
 # %% [markdown]
 # ## Online softmax
 #
-# softmax(s)·V = Σ_j e^{s_j} v_j / Σ_j e^{s_j}. Both sums can be collected a few keys at a time. To keep the
-# exponentials from overflowing, subtract the largest score *seen so far*, the peak; when the peak rises from m to m′,
-# what has been summed is multiplied by e^{m − m′}. At the end the **log-sum-exp** (LSE) is m + log Σ. Nothing larger
-# than one tile of scores ever exists. That is FlashAttention's idea (arXiv 2205.14135).
+# [Tutorial 1](1_exact_attention_three_ways.md) read a row's keys one by one. It kept the largest score so far, the
+# **peak**, and two sums, Σ e^(score − peak) and Σ e^(score − peak) · value, which it shrank whenever the peak rose. We
+# do the same by **tiles**, here 8 rows and 8 keys at a time, so that the scores and the weighted values become products
+# of matrices. No more than one tile of scores ever exists. That is FlashAttention's idea (arXiv 2205.14135). At the end
+# the **log-sum-exp** (LSE), log Σ e^score, is the peak plus the logarithm of the first sum.
 
 
 # %%
@@ -84,6 +85,32 @@ outs, lses, read = zip(*(flash_row_tile(q[0, 0, i : i + 8], limit[i : i + 8]) fo
 torch.testing.assert_close(torch.cat(outs), truth[0, 0].float(), atol=1e-5, rtol=1e-5)
 torch.testing.assert_close(torch.cat(lses), truth_lse[0, 0].float(), atol=1e-5, rtol=1e-5)
 print(f"tiles of keys read by each tile of rows: {read}, of {-(-columns // 8)}")
+
+# %% [markdown]
+# Each tile of rows reads its tiles of keys from left to right. In a **full** tile (blue) every row sees every key, and
+# the mask changes nothing. On the **diagonal** (orange) some scores are computed and then masked away (pale). All other
+# tiles are **skipped** (white), neither loaded nor computed.
+
+# %%
+picture = torch.zeros(rows, columns)
+figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
+for top in range(0, rows, 8):
+    for number, left in enumerate(range(0, columns, 8), start=1):
+        seen = mask[top : top + 8, left : left + 8].cpu()
+        if seen.any():
+            picture[top : top + 8, left : left + 8] = 1 if seen.all() else 3 - seen.int()
+            axes.text(left + seen.shape[1] / 2 - 0.5, top + 3.5, str(number), ha="center", va="center", fontsize=14)
+assert read == tuple(int(line.any(dim=0)[::8].sum()) for line in picture.split(8))
+axes.imshow(picture, cmap=ListedColormap(["white", "#9fb8d0", "#e8a33d", "#f6dfb8"]), vmin=0, vmax=3)
+axes.hlines(torch.arange(8, rows, 8) - 0.5, -0.5, columns - 0.5, "white", linewidth=1)
+axes.vlines(torch.arange(8, columns, 8) - 0.5, -0.5, rows - 0.5, "white", linewidth=1)
+axes.set_xticks([-0.5, a - 0.5, a + p - 0.5], ["anchor", "passing block", "block"], ha="left")
+axes.set_yticks([-0.5, a - 0.5], ["anchor", "block"], rotation=90, va="top")
+axes.set(xlabel="keys", ylabel="rows")
+figure.set_label(
+    "A mask cut into tiles of 8 by 8. The first line of tiles, the anchor's, reads 1 tile, on the diagonal. The next "
+    "three, the block's, read 4, 5 and 6: from the left full tiles, then two on the diagonal. The rest is empty."
+)
 
 # %% [markdown]
 # ## The kernel
@@ -134,7 +161,7 @@ print("your kernel agrees with the reference")
 # `apb.masked_attention` fixes the mathematics; `backend` only says who computes it. The library's kernel differs from
 # yours in what makes it fast: it takes the keys that *every* row of a tile sees in a first sweep without any mask and
 # only the diagonal in a second one, it handles grouped heads and any stride, and on GPUs that have it loads tiles with
-# TMA. The mask is the same.
+# TMA. The mask is the same. [Tutorial 7](7_from_triton_to_hopper.md) takes your kernel there.
 
 # %%
 for backend in ("reference", "sdpa", "triton"):
@@ -202,5 +229,5 @@ def answer(first, end, anchor_tokens, passing_tokens):
 # - `decode_attention` is the same for a few rows over a long cache, with the keys split over programs.
 # - `apb bench kernel` measures the kernels on your GPU.
 #
-# **Read next:** [5. APB from end to end](5_apb_end_to_end.md), or the
+# **Read next:** [7. From Triton to Hopper](7_from_triton_to_hopper.md), or the
 # [module page of attention](../modules/attention.md).

@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 from base64 import b64encode
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 
@@ -86,30 +87,40 @@ def notebook(text: str) -> str:
     return json.dumps({"cells": cells, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}, indent=1) + "\n"
 
 
-def main() -> None:
-    """Write the pages that are missing or out of date."""
-    sources = [Path(__file__), *sorted((ROOT / "apb").rglob("*.py")), *sorted((ROOT / "benchmarks").glob("*.csv"))]
-    package = sha256(b"".join(source.read_bytes() for source in sources))
-    for path in sorted(ROOT.glob("tutorials/[0-9]*.py")):
-        digest = package.copy()
-        digest.update(path.read_bytes())
-        stamp = f"<!-- made by tutorials/to_pages.py from {path.name} {digest.hexdigest()[:16]} -->\n"
-        page = PAGES / f"{path.stem}.md"
-        if page.is_file() and page.read_text().startswith(stamp):
-            continue
-        search = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        child = subprocess.run(
-            [sys.executable, __file__, str(path)],
-            env=os.environ | {"PYTHONPATH": search, "MPLBACKEND": "Agg"},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        if child.returncode:
-            sys.exit(f"{path.relative_to(ROOT)} failed; its page was not made")
-        PAGES.mkdir(parents=True, exist_ok=True)
+def make_page(path: Path, stamp: str) -> bool:
+    """Write a tutorial's page and notebook, unless the page bears `stamp` already; return whether that went well."""
+    page = PAGES / f"{path.stem}.md"
+    if page.is_file() and page.read_text().startswith(stamp):
+        return True
+    search = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    child = subprocess.run(
+        [sys.executable, __file__, str(path)],
+        env=os.environ | {"PYTHONPATH": search, "MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    if child.returncode == 0:
         page.with_suffix(".ipynb").write_text(notebook(path.read_text()))
         page.write_text(stamp + child.stdout)
-        print(f"wrote {page.relative_to(ROOT)}")
+        print(f"wrote {page.relative_to(ROOT)}", flush=True)
+    return child.returncode == 0
+
+
+def main() -> None:
+    """Write the pages that are missing or out of date, one a core at a time."""
+    sources = [Path(__file__), *sorted((ROOT / "apb").rglob("*.py")), *sorted((ROOT / "benchmarks").glob("*.csv"))]
+    package = b"".join(source.read_bytes() for source in sources)
+    paths = sorted(ROOT.glob("tutorials/[0-9]*.py"))
+    digests = [sha256(package + path.read_bytes()).hexdigest()[:16] for path in paths]
+    stamps = [
+        f"<!-- made by {Path(__file__).name} from {p.name} {d} -->\n" for p, d in zip(paths, digests, strict=True)
+    ]
+    PAGES.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        made = list(pool.map(make_page, paths, stamps))
+    failed = [str(path.relative_to(ROOT)) for path, fine in zip(paths, made, strict=True) if not fine]
+    if failed:
+        sys.exit(f"failed, and so has no page: {', '.join(failed)}")
 
 
 if __name__ == "__main__":
