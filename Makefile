@@ -4,15 +4,16 @@ VENV := .venv
 READY := $(VENV)/.ready
 RUN := $(VENV)/bin
 
-.PHONY: help demo test lint fuzz docs docs-serve clean
+.PHONY: help demo test lint fuzz docs docs-serve docs-zensical clean
 
 help:
 	@echo "make demo        a real model finds a pass key in 4000 tokens, split over 4 hosts"
 	@echo "make test        lint, types and the test suite (no GPU needed; uses one if it is there)"
 	@echo "make lint        ruff and the type checker only"
 	@echo "make fuzz        the laws again, on thousands of random cases"
-	@echo "make docs        build the documentation into site/"
+	@echo "make docs        build the documentation into site/ and check it"
 	@echo "make docs-serve  build it and serve it on http://127.0.0.1:8000"
+	@echo "make docs-zensical  try to build it with Zensical, too"
 	@echo "make clean       remove what the others made"
 
 $(READY): pyproject.toml
@@ -45,10 +46,19 @@ docs: $(READY)
 	@echo "Running the tutorials and building the pages …"
 	@$(RUN)/python tutorials/to_pages.py
 	@NO_MKDOCS_2_WARNING=1 $(RUN)/python -m mkdocs build --strict --quiet
+	@$(RUN)/python docs/check_site.py site
 	@echo "Built: site/index.html"
 
 docs-serve: docs
 	@$(RUN)/python -m http.server --directory site --bind 127.0.0.1 8000
+
+# Zensical is young: that it fails is worth knowing, and ends no build.
+ZENSICAL := build/zensical
+docs-zensical: docs
+	@test -d $(ZENSICAL) || $(RUN)/python -m pip install -qq --disable-pip-version-check --target $(ZENSICAL) zensical
+	@export APB_SITE=build/zensical-site PYTHONPATH=$(ZENSICAL); \
+		$(RUN)/python -m zensical build && $(RUN)/python docs/check_site.py $$APB_SITE && echo "Built: $$APB_SITE/index.html" \
+		|| echo "Zensical: failed, as said above. The site is the one that make docs builds."
 
 clean:
 	@rm -rf $(VENV) site build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -80,9 +80,3 @@ def test_every_page_is_in_the_navigation():
     for page in {*PAGES, *MADE}:
         if DOCS in page.parents:
             assert str(page.relative_to(DOCS)) in navigation
-
-
-def test_reading_the_site_asks_no_other_host():
-    settings = (ROOT / "mkdocs.yml").read_text()
-    assert "font: false" in settings
-    assert not re.search(r"https?://|extra_javascript|repo_url|mermaid", settings)

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from browser import check as check_site
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,7 +19,6 @@ from apb.methods import METHODS, make_method
 EXPLORER = Path(__file__).resolve().parent.parent / "docs" / "explorer"
 SOURCE = "".join((EXPLORER / name).read_text() for name in ("plan.js", "costs.js"))
 NODE = shutil.which("node")
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 ANSWER = """
 function answer({ shape, ...settings }) {
@@ -45,9 +45,8 @@ const text = (key, value) => (typeof value === "bigint" ? String(value) : value)
 
 def dump(url):
     """Return the page that a browser makes of an address, and the lines that it wrote on its console."""
-    flags = ("--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--virtual-time-budget=8000")
-    command = [BROWSER, *flags, "--dump-dom", url]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    done = check_site.browse("--virtual-time-budget=8000", "--dump-dom", url)
+    assert done is not None, "the browser failed three times"
     return done.stdout, [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
 
 
@@ -75,7 +74,7 @@ def js(tmp_path_factory):
     folder = tmp_path_factory.mktemp("explorer")
 
     def run(expression, *, source=SOURCE, engine=in_node if NODE else in_browser):
-        if not (NODE if engine is in_node else BROWSER):
+        if not (NODE if engine is in_node else check_site.has_browser()):
             pytest.skip("no node, or no chromium, to run JavaScript in")
         return engine(f"{source}{ANSWER}const said = JSON.stringify({expression}, text);", folder)
 
@@ -239,8 +238,9 @@ VISIT = """<pre></pre><script>
 </script></body>"""
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no chromium to open the page in")
 def test_the_page_in_a_browser(tmp_path):
+    if not check_site.has_browser():
+        pytest.skip("no chromium runs here")
     shutil.copytree(EXPLORER, tmp_path / "explorer")
     page = tmp_path / "explorer" / "explorer.html"
     page.write_text(page.read_text().replace("<title>", f"{WATCH}<title>").replace("</body>", VISIT))

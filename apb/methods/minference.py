@@ -24,7 +24,7 @@ class MInference(Method):
     What a document takes is known once its lists are made, and `Trace.pairs` counts it; `cost` says the most it can be.
 
     Attributes:
-        pattern: one for all heads, or [layer][query head]; the default is what MInference ships for Llama-3.1-8B.
+        pattern: one for all heads, or `[layer][query head]`; the default is what MInference ships for Llama-3.1-8B.
         dense_below: shorter documents are attended to exactly: there, choosing costs more than it saves.
     """
 
