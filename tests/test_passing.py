@@ -159,6 +159,6 @@ def test_a_split_anchor_must_come_with_the_first_message():
         kept = torch.cat(kept_of(SPLIT.host(host.rank).blocks[0]), dim=-1)
         PassingBlocks(SPLIT, host).start(0, kept)
 
-    says = r"anchor: shape \(2, 2, 0, 32\), expected .* what rank 0 runs of a split anchor"
+    says = r"anchor: shape \(2, 2, 0, 32\), expected .* what rank \d runs of a split anchor"
     with pytest.raises(ValueError, match=says):
         run_threads(3, body)
