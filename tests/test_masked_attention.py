@@ -7,6 +7,7 @@ import torch
 from attention_cases import HEADS, LAYOUTS, LENGTHS, SEEDS, assert_attention, draw_inputs
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from apb.attend import choose_backend, masked_attention
 from apb.reference import apb_mask
@@ -122,3 +123,28 @@ def test_a_lost_gradient_is_an_error():
     assert masked_attention(x, x, x, anchor_tokens=0, passing_tokens=0)[0].requires_grad
     with torch.no_grad():
         masked_attention(x, x, x, anchor_tokens=0, passing_tokens=0, backend="sdpa")
+
+
+@pytest.mark.parametrize("backend", ["triton", "hopper"])
+def test_traced_whole_up_to_the_kernel(backend, monkeypatch):
+    """On CUDA tensors that are not there, so without a GPU too: one graph for all lengths, with the operator in it."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    graphs = []
+
+    def layer(q, k, anchor, passing):
+        return masked_attention(2 * q, k, k, anchor_tokens=anchor, passing_tokens=passing, backend=backend)
+
+    def keep(graph, inputs):
+        graphs.append(str(graph.graph))
+        return graph.forward
+
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=keep)
+    with FakeTensorMode():
+        for anchor, passing, block in [(10, 20, 40), (33, 64, 70), (100, 1, 200)]:
+            q = torch.empty(1, 4, anchor + block, 64, dtype=torch.float16, device="cuda")
+            k = torch.empty(1, 2, anchor + passing + block, 64, dtype=torch.float16, device="cuda")
+            out, lse = compiled(q, k, anchor, passing)
+            assert (out.shape, out.dtype, lse.shape, lse.dtype) == (q.shape, q.dtype, q.shape[:3], torch.float32)
+    operator = "hopper_flash" if backend == "hopper" else "masked_flash"
+    assert len(graphs) == 1 and graphs[0].count(f"torch.ops.apb.{operator}") == 1

@@ -1,7 +1,6 @@
 """The arguments of every attention of this package, checked once and for all backends."""
 
 import math
-from importlib import import_module
 from typing import Literal
 
 import torch
@@ -98,12 +97,12 @@ def _hopper_refusal(q: Tensor) -> str | None:
     if not q.is_cuda or torch.cuda.get_device_capability(q.device) != (9, 0):
         return f"needs a Hopper GPU (compute capability 9.0), got a tensor on {q.device}"
     try:
-        import_module("apb.kernels.hopper")
+        from apb.kernels.hopper import DIMS  # torch.compile traces this, and no import_module
     except (ImportError, AttributeError) as error:
         return f"needs the Gluon of Triton 3.6 ({type(error).__name__}: {error})"
     if q.dtype not in _DTYPES["hopper"]:
         return f"takes float16 and bfloat16, got {q.dtype}"
-    return None if q.shape[-1] in (64, 128) else f"takes head dims 64 and 128, got {q.shape[-1]}"
+    return None if q.shape[-1] in DIMS else f"takes head dims {' and '.join(map(str, DIMS))}, got {q.shape[-1]}"
 
 
 def _check_triton(q: Tensor) -> None:

@@ -70,11 +70,16 @@ def test_simulated_rows_are_whole_and_the_formula_says_their_memory(name):
 
 
 def test_the_exact_methods_on_one_host_take_what_flash_takes():
-    """A host alone computes what the method says it costs: no more, and not less for want of a group."""
-    times = {}
-    for name in ("flash", "ring", "ulysses"):
-        times[name] = simulated.run_one(case(name, 16384, 1), repeats=5, link=NVLINK, on_progress=print).layer_ms
-    assert max(times.values()) < 1.5 * min(times.values())
+    """A host alone computes what the method says it costs: no more, and not less for want of a group.
+
+    The shortest layer of each in three turns: whoever else runs on this GPU makes layers longer, and none shorter.
+    """
+    times = dict.fromkeys(("flash", "ring", "ulysses"), math.inf)
+    for _ in range(3):
+        for name in times:
+            row = simulated.run_one(case(name, 16384, 1), repeats=5, link=NVLINK, on_progress=print)
+            times[name] = min(times[name], (row.low_ms - row.query_ms) / SHAPE.layers)
+    assert max(times.values()) < 1.5 * min(times.values()), times
 
 
 def test_what_python_takes_is_said_and_not_in_the_time():
