@@ -1,10 +1,13 @@
 """Retaining heads on disk: what the released checkpoints look like loads, and what does not fit says so."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
+import apb
 from apb.compress import Candidates, Projections, RetainingHead, load_retaining_head
-from apb.compress.retaining_head import save_retaining_head
+from apb.compress.retaining_head import PACKAGED, save_retaining_head
 from apb.costs import ModelShape
 from apb.methods import APB
 from apb.testing.strategies import peaked
@@ -96,3 +99,11 @@ def test_saved_heads_come_back_with_their_facts(tmp_path, dtype):
         assert file.metadata()["base_model"] == "tiny"
     with pytest.raises(ValueError, match=r"they are written as \.safetensors, got heads\.pt"):
         save_retaining_head(head, tmp_path / "heads.pt")
+
+
+def test_packaged_heads_fit_the_model_that_they_are_for():
+    (name,) = PACKAGED
+    heads = load_retaining_head(name)
+    heads.check_fits(layers=30, heads=9, kv_heads=3, head_dim=64)
+    card = Path(apb.__file__).parent / "data" / "heads" / name / "README.md"
+    assert f"{sum(w.numel() for w in (*heads.fc1, *heads.fc2)):,} parameters" in card.read_text(encoding="utf-8")

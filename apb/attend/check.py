@@ -26,13 +26,16 @@ _DTYPES = {
 
 
 def choose_backend(q: Float[Tensor, "batch q_heads rows dim"]) -> Backend:
-    """Name the backend that "auto" takes: triton on CUDA, sdpa elsewhere, reference in float64.
+    """Name the backend that "auto" takes: hopper where it can, triton on CUDA, sdpa elsewhere, reference in float64.
 
-    Where a gradient is wanted and that one has none, "auto" takes reference.
+    Where an attention has no such kernel as hopper's, "auto" takes triton; where a gradient is wanted and the backend
+    has none, reference.
     """
     if q.dtype == torch.float64:
         return "reference"
-    return "triton" if q.is_cuda and TRITON_INSTALLED else "sdpa"
+    if not (q.is_cuda and TRITON_INSTALLED):
+        return "sdpa"
+    return "triton" if _hopper_refusal(q) else "hopper"
 
 
 def check_inputs(
@@ -73,6 +76,8 @@ def check_inputs(
     if not 16 <= dim <= 256:
         raise ValueError(f"the head dim must be 16..256, got {dim} (q {list(q.shape)})")
     chosen = choose_backend(q) if backend == "auto" else backend
+    if backend == "auto" and chosen == "hopper" and "hopper" not in legal:
+        chosen = "triton"
     wants_gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if backend == "auto" and wants_gradient and chosen not in differentiable and "reference" in differentiable:
         chosen = "reference"

@@ -63,13 +63,13 @@ def add_host_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--passing", type=int, help="tokens each block passes on (default: an eighth of a block)")
     parser.add_argument("--compressor", choices=(*TRAINING_FREE, "retaining-head"),
                         help="chooses the tokens that are passed on (default: query-aware)")  # fmt: skip
-    parser.add_argument("--heads", help="checkpoint of the retaining heads")
+    parser.add_argument("--heads", help="the retaining heads: a checkpoint, or smollm2-135m")
     parser.add_argument("--query-in", choices=get_args(QueryIn),
                         help="where the question is during the prefill (default: anchor)")  # fmt: skip
     parser.add_argument("--layout", choices=get_args(Layout),
                         help="one block a host, or two for balance (default: contiguous)")  # fmt: skip
     parser.add_argument("--backend", choices=get_args(Backend), default="auto",
-                        help="who computes attention (default: triton on CUDA, sdpa on CPU)")  # fmt: skip
+                        help="who computes attention (default: the fastest one that takes the input)")  # fmt: skip
     parser.add_argument("--timeout", type=float, default=300.0, help="longest wait for another host, in seconds")
 
 

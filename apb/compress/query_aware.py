@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from einops import einsum, reduce
+from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
@@ -50,7 +50,8 @@ def mean_logits(
     Raises:
         ValueError: a backend that cannot run here.
     """
-    question = reduce(query.to(torch.float32), "b (h g) l d -> b h d", "mean", h=k.shape[1])
+    groups = query.unflatten(1, (k.shape[1], -1))
+    question = groups.mean((2, 3), dtype=torch.float32)
     if choose_backend(backend, k, question) == "triton":
         from apb.kernels.score import score_keys
 

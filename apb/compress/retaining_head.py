@@ -15,7 +15,10 @@ from apb.compress.backend import CompressBackend, choose_backend
 from apb.compress.compressor import Candidates, Compressor, Need, Projections
 from apb.costs import ModelShape
 
-__all__ = ["RetainingHead", "head_scores", "load_retaining_head", "save_retaining_head"]
+__all__ = ["PACKAGED", "RetainingHead", "head_scores", "load_retaining_head", "save_retaining_head"]
+
+PACKAGED = ("smollm2-135m",)
+"""Heads that come with this package, by name; each has a model card in `apb/data/heads`."""
 
 _KEY = "model.layers.{layer}.self_attn.{part}.weight"
 
@@ -105,15 +108,18 @@ def load_retaining_head(path: str | Path) -> RetainingHead:
 
     Args:
         path: a `.safetensors` file, or `.bin`/`.pt` (read with `weights_only=True`); keys
-            `model.layers.{i}.self_attn.fc1.weight` and `…fc2.weight`, with or without a `module.` prefix.
+            `model.layers.{i}.self_attn.fc1.weight` and `…fc2.weight`, with or without a `module.` prefix. Or a name
+            of `PACKAGED`.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: another kind of file, missing layers, or widths that do not fit each other.
     """
     path = Path(path)
+    if not path.exists() and str(path) in PACKAGED:
+        path = Path(__file__).parents[1] / "data" / "heads" / path / "heads.safetensors"
     if not path.is_file():
-        raise FileNotFoundError(f"retaining heads: no file at {path}")
+        raise FileNotFoundError(f"retaining heads: no file at {path}; expected one, or {' or '.join(PACKAGED)}")
     if path.suffix not in (".safetensors", ".bin", ".pt"):
         raise ValueError(f"retaining heads: expected a .safetensors, .bin or .pt file, got {path.name}")
     weights = {key.removeprefix("module."): value for key, value in _read(path).items()}

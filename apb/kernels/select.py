@@ -36,7 +36,7 @@ class Cut(NamedTuple):
 
 def choose_cut(tokens: int) -> Cut:
     """Give a thread four keys at a time: one load of 16 bytes; more at once spill registers."""
-    block = min(4096, max(512, triton.next_power_of_2(tokens)))
+    block = min(2048, max(512, triton.next_power_of_2(tokens)))
     return Cut(block, block // 128, 4)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from apb.attend import AShape, BlockSparse, Pattern, VerticalSlash
 from apb.compress import TRAINING_FREE, Compressor, load_retaining_head
+from apb.compress.retaining_head import PACKAGED
 from apb.methods.apb import APB
 from apb.methods.ape import APE
 from apb.methods.flash import Flash
@@ -70,7 +71,10 @@ def _apb(
 ) -> APB:
     if compressor == "retaining-head":
         if heads is None:
-            raise ValueError("heads: the retaining head needs a checkpoint; give its file as heads=FILE (--heads FILE)")
+            raise ValueError(
+                f"heads: the retaining head needs a checkpoint; give its file as heads=FILE (--heads FILE), or "
+                f"one that comes with this package: {', '.join(PACKAGED)}"
+            )
         compressor = load_retaining_head(heads)
     elif heads is not None:
         raise ValueError(f"heads: {heads} is for the compressor 'retaining-head', got {compressor!r}")

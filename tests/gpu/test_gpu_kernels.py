@@ -56,8 +56,13 @@ def test_flex_has_gradients():
         assert (theirs - truth).norm() < 0.02 * truth.norm()
 
 
-def test_auto_is_triton():
-    assert choose_backend(torch.zeros(1, 1, 1, 16, device="cuda")) == "triton"
+def test_auto_is_the_fastest_that_takes_the_input():
+    fast = "hopper" if torch.cuda.get_device_capability() == (9, 0) else "triton"
+    for dtype, dim, expected in (
+        (torch.bfloat16, 128, fast), (torch.float16, 64, fast), (torch.bfloat16, 96, "triton"),
+        (torch.float32, 128, "triton"), (torch.float64, 128, "reference"),
+    ):  # fmt: skip
+        assert choose_backend(torch.zeros(1, 1, 1, dim, device="cuda", dtype=dtype)) == expected
 
 
 @pytest.mark.parametrize("causal", [False, True])
