@@ -12,6 +12,7 @@ from apb.adapter import check_adapter
 from apb.bench import environment
 from apb.cli.progress import redraw
 from apb.cli.table import table
+from apb.compress.retaining_head import find_heads
 from apb.device import DTYPES, pick_device, pick_dtype
 from apb.evals.check import FILES, check
 from apb.evals.evaluate import SAMPLES_VERSION, Evaluation, evaluate
@@ -201,7 +202,7 @@ def _fixed(setting: Evaluation) -> dict[str, Any]:
         "max_new_tokens": setting.max_new_tokens,
         "samples_version": SAMPLES_VERSION,
         **{name: fingerprint(path) for name, path in files.items() if path},
-        **{f"heads of {method}": f"sha256 {fingerprint(Path(path))}" for method, path in heads.items() if path},
+        **{f"heads of {method}": f"sha256 {fingerprint(find_heads(path))}" for method, path in heads.items() if path},
     }
 
 

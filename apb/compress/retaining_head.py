@@ -15,7 +15,7 @@ from apb.compress.backend import CompressBackend, choose_backend
 from apb.compress.compressor import Candidates, Compressor, Need, Projections
 from apb.costs import ModelShape
 
-__all__ = ["PACKAGED", "RetainingHead", "head_scores", "load_retaining_head", "save_retaining_head"]
+__all__ = ["PACKAGED", "RetainingHead", "find_heads", "head_scores", "load_retaining_head", "save_retaining_head"]
 
 PACKAGED = ("smollm2-135m",)
 """Heads that come with this package, by name; each has a model card in `apb/data/heads`."""
@@ -103,6 +103,20 @@ def head_scores(
     return rearrange(F.linear(F.silu(F.linear(x, fc1)), fc2), "b n h -> b h n")
 
 
+def find_heads(path: str | Path) -> Path:
+    """Return the file of retaining heads, from its path or from a name of `PACKAGED`.
+
+    Raises:
+        FileNotFoundError: no such file.
+    """
+    path = Path(path)
+    if not path.exists() and str(path) in PACKAGED:
+        path = Path(__file__).parents[1] / "data" / "heads" / path / "heads.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(f"retaining heads: no file at {path}; expected one, or {' or '.join(PACKAGED)}")
+    return path
+
+
 def load_retaining_head(path: str | Path) -> RetainingHead:
     """Load retaining heads from a flat state dict in the released APB-Locret checkpoints' format.
 
@@ -115,11 +129,7 @@ def load_retaining_head(path: str | Path) -> RetainingHead:
         FileNotFoundError: no such file.
         ValueError: another kind of file, missing layers, or widths that do not fit each other.
     """
-    path = Path(path)
-    if not path.exists() and str(path) in PACKAGED:
-        path = Path(__file__).parents[1] / "data" / "heads" / path / "heads.safetensors"
-    if not path.is_file():
-        raise FileNotFoundError(f"retaining heads: no file at {path}; expected one, or {' or '.join(PACKAGED)}")
+    path = find_heads(path)
     if path.suffix not in (".safetensors", ".bin", ".pt"):
         raise ValueError(f"retaining heads: expected a .safetensors, .bin or .pt file, got {path.name}")
     weights = {key.removeprefix("module."): value for key, value in _read(path).items()}
