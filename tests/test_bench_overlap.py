@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 
 from apb.bench import hosts as bench_hosts
 from apb.bench import overlap, ring
-from apb.bench.hosts import Heads, Times, find_hosts, report, slowest_ms
+from apb.bench.hosts import Heads, Times, find_hosts, report, slowest_ms, time_layer
+from apb.bench.measure import Timing
 from apb.bench.plots import read_ledger
 from apb.bench.timeline import timeline
-from apb.bench.trace import Span, common, hidden, read_spans, spans_of, union, write_spans
-from apb.parallel import run_processes, run_threads
+from apb.bench.trace import Span, common, gather_ms, hidden, profile, read_spans, spans_of, union, write_spans
+from apb.parallel import LoneHost, run_processes, run_threads
 
 SMALL = Heads(4, 2, 16)
 ENV = {"date": "2026-01-02", "device": "a GPU", "torch": "2", "triton": "3", "commit": "abc"}
@@ -42,6 +43,7 @@ def test_hidden_counts_microseconds(spans):
         return any(one.start_us <= at < one.stop_us and (one.kind == "gather") == wanted for one in spans)
 
     gathering = [at for at in range(60) if runs(at, True)]
+    assert gather_ms(spans) == pytest.approx(len(gathering) / 1e3)
     if not gathering:
         assert math.isnan(hidden(spans))
     else:
@@ -127,20 +129,63 @@ def test_the_plot_is_drawn_from_beside_the_ledger(tmp_path):
 
 
 def test_times_and_their_rows(capsys):
-    times = Times(10.0, 9.0, 4.0)
-    assert times.exposed == 1.0 and times.hidden == 0.75
+    times = Times(
+        Timing(10.0, 9.5, 11.0), Timing(9.0, 8.0, 9.5), Timing(4.0, 3.0, 5.0), Timing(1.0, 0.5, 1.25),
+        gathers=Timing(2.0, 2.0, 2.0), exposed=Timing(0.5, 0.25, 0.5),
+    )  # fmt: skip
     rows = report(ENV, "overlap", "zigzag", 512, 2, times, flop=5e12)
     assert [(row.backend, row.ms) for row in rows] == [("layer", 10.0), ("compute alone", 9.0), ("send alone", 4.0)]
-    assert rows[0].tflops == pytest.approx(500) and math.isnan(rows[1].tflops)
-    assert {row.case for row in rows} == {"zigzag 512 on 2"} and " 75%" in capsys.readouterr().out
+    assert (rows[0].low_ms, rows[0].high_ms, rows[0].tflops) == (9.5, 11.0, 500.0) and math.isnan(rows[1].tflops)
+    assert {row.case for row in rows} == {"zigzag 512 on 2"} and times.hidden == 0.75
+    said = "longer for its sending by 1.000 (0.500 – 1.250) ms; 75% of 2.000 ms of gathers hidden"
+    assert rows[0].notes.endswith(said) and said in capsys.readouterr().out and not rows[1].notes
 
 
-def test_the_slowest_host_counts():
+@pytest.mark.parametrize(("low", "high", "apart"), [(-0.5, 0.5, False), (-0.5, -0.1, True), (0.1, 2.0, True)])
+def test_what_cannot_be_told_apart_from_nothing_is_said(low, high, apart):
+    one = Timing(1.0, 1.0, 1.0)
+    notes = Times(one, one, one, Timing((low + high) / 2, low, high)).notes
+    assert ("not told apart from 0" in notes) is not apart and "hidden" not in notes
+
+
+def test_the_slowest_host_counts_each_time():
     def body(host):
         return slowest_ms([lambda: None, lambda: time.sleep(0.02 * host.rank)], host, repeats=3)
 
-    first, second = run_threads(3, body)[0]
-    assert second >= 40 and first < second
+    quick, slow = run_threads(3, body)[0]
+    assert len(quick) == len(slow) == 3 and min(slow) >= 40 and max(quick) < 40
+
+
+def test_calls_take_turns_there_and_back():
+    order = []
+    slowest_ms([lambda: order.append("a"), lambda: order.append("b")], LoneHost(0, 1), repeats=3)
+    assert "".join(order) == "abbaabba"
+
+
+@given(st.lists(st.integers(1, 1000), min_size=15, max_size=15), st.lists(st.integers(0, 9), min_size=15, max_size=15))
+def test_a_layer_is_compared_with_the_one_timed_next_to_it(alone, more):
+    """However far the clocks go, what is more each time is found."""
+    times = [one + m for one, m in zip(alone, more, strict=True)], alone, [1] * 15
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench_hosts, "slowest_ms", lambda calls, host: times)
+        found, spans = time_layer(*[lambda: None] * 3, LoneHost(0, 2))
+    assert found.longer == (sorted(more)[7], sorted(more)[3], sorted(more)[11]) and spans == []
+    assert found.compute == Timing.of(alone) and math.isnan(found.hidden)
+
+
+def test_what_traces_tell(monkeypatch):
+    host = LoneHost(1, 2)
+    host.device = torch.device("cuda", 0)
+    traces = iter([SPANS[:1], *([*SPANS, span("gather", 4000, 4000 + 100 * n, 21)] for n in (0, 1, 2, 3))])
+    monkeypatch.setattr(bench_hosts, "slowest_ms", lambda calls, host: [[1.0] * 15] * 3)
+    monkeypatch.setattr(bench_hosts, "profile", lambda call, host, rank: next(traces))
+    found, spans = time_layer(*[lambda: None] * 3, host)
+    assert found.gathers.ms == pytest.approx(0.229) and found.exposed.ms == pytest.approx(0.11)
+    assert len(spans) == 5 and spans[-1].us == 300
+
+
+def test_a_cpu_has_no_kernels_to_look_at():
+    assert profile(lambda: torch.ones(2) + 1, LoneHost(0, 1)) == []
 
 
 def test_who_can_be_measured(monkeypatch):
@@ -174,7 +219,7 @@ def test_what_is_sent_alone_is_what_the_layer_sends(layout, world_size):
 def test_ring_on_two_processes(monkeypatch):
     monkeypatch.setattr(ring, "HEADS", SMALL)
     ((times,), _) = run_processes(2, ring._measure, [("zigzag", 64)])
-    assert isinstance(times, Times) and all(ms > 0 for ms in times)
+    assert isinstance(times, Times) and all(timing.ms > 0 for timing in times[:3])
 
 
 @pytest.mark.skipif(torch.cuda.device_count() > 1, reason="there it is measured on the GPUs: tests/gpu")

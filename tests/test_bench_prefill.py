@@ -7,7 +7,7 @@ import pytest
 import torch
 from prefill_cases import CPU, SPREAD, TINY, contender, decoder
 
-from apb.bench.prefill import counted, measured, run, simulated
+from apb.bench.prefill import counted, measured, run, simulated, started
 from apb.bench.prefill.case import Case, phase_columns
 from apb.bench.prefill.link import NVLINK, Link
 from apb.bench.prefill.methods import PRESETS, QUERY_TOKENS, line_up
@@ -285,6 +285,6 @@ def test_hosts_that_died_are_told_of(monkeypatch):
     def die(*_, **__):
         raise HostFailed("rank 1 of 2 was killed by SIGKILL")
 
-    monkeypatch.setattr(measured, "run_processes", die)
+    monkeypatch.setattr(started, "run_processes", die)
     rows, _ = run_rows("tiny", [512], ["ring", "star"], mode="measured")
     assert [row.notes for row in rows] == ["HostFailed: rank 1 of 2 was killed by SIGKILL"] * 2

@@ -112,7 +112,8 @@ def test_heads_whose_file_has_changed_are_refused_and_others_may_be_added(capsys
 def test_packaged_heads_are_known_by_their_name(capsys, folder, tmp_path):
     method = "apb:compressor=retaining-head,heads=smollm2-135m"
     assert main(command(folder, tmp_path, methods=[method], samples=1)) == 2
-    assert "retaining heads: the checkpoint is for a model of 30 layers" in capsys.readouterr().err  # they are found, and fit another model
+    # They are found, and fit another model.
+    assert "retaining heads: the checkpoint is for a model of 30 layers" in capsys.readouterr().err
 
 
 def test_an_adapter_is_known_by_its_weights(capsys, folder, tmp_path):

@@ -1,7 +1,8 @@
 """Measure the backward pass of masked attention against its peers, and of plain causal attention, on one GPU.
 
 TFLOP/s count 2.5 times the forward pass's 4 · pairs · dim · q_heads: five matrix products where that has two, whoever
-recomputes what. Every call goes backward once through a graph that is kept.
+recomputes what. Every call goes backward once through a graph that is kept, so what is compiled must not write over
+what the forward pass saved: `donated_buffer` is off.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
@@ -43,8 +45,9 @@ def run(quick: bool = False, out: Path | None = None) -> list[Row]:
     bench = Bench("backward")
     for shape in (*SHAPES[: 1 if quick else 2], CAUSAL):
         flop = 2.5 * 4 * mask_pairs(shape) * DIM * Q_HEADS
-        for name, forward in _contenders(shape):
-            bench.measure(str(shape), name, _Backward(shape, forward, name == "cudnn"), flop=flop)
+        calls = {name: _Backward(shape, forward, name == "cudnn") for name, forward in _contenders(shape)}
+        with functorch_config.patch(donated_buffer=False):
+            bench.compare(str(shape), calls, flop=flop)
     return bench.finish(out)
 
 

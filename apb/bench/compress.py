@@ -1,7 +1,7 @@
 """Measure one layer's compression step by step, each against the least time that its bytes or FLOPs could take.
 
-Every call is replayed from a CUDA graph. The floor in the notes is bytes over the rate of a large copy, or FLOPs over
-the rate of a large matmul, of the same run: each input read once, each output written once, nothing else.
+Every call is replayed from a CUDA graph. The floor in the notes is bytes over the rate of a large copy or sum, or FLOPs
+over the rate of a large matmul, of the same run: each input read once, each output written once, nothing else.
 """
 
 from collections.abc import Callable, Iterator
@@ -77,11 +77,10 @@ def run(quick: bool = False, out: Path | None = None) -> list[Row]:
                     floor = step.flop / bench.tflops_ceiling / 1e9
                 else:
                     floor = step.moved / bench.gbytes_ceiling / 1e6
-                for backend, call in step.calls.items():
-                    bench.measure(
-                        f"{step.name} {shape.tokens} keep {shape.keep}", backend, call,
-                        moved=step.moved, flop=step.flop, graph=True, notes=f"floor {floor:.4f} ms",
-                    )  # fmt: skip
+                bench.compare(
+                    f"{step.name} {shape.tokens} keep {shape.keep}", step.calls,
+                    moved=step.moved, flop=step.flop, graph=step.calls, notes=f"floor {floor:.4f} ms",
+                )  # fmt: skip
     return bench.finish(out)
 
 

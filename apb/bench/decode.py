@@ -1,10 +1,11 @@
 """Measure decoding: attention of one new token to a long cache, and a whole layer's step, in one run on one GPU.
 
-All calls are replayed from a CUDA graph, since launching them one by one takes Python longer than they take. The cache
-(and, of a layer, the weights) is read once: those bytes a second are set against a large copy's, which writes, too;
-reading alone can be faster than that.
+All calls are replayed from a CUDA graph, since launching them one by one takes Python longer than they take. What a
+replay takes by itself is measured, too, as "nothing". The cache (and, of a layer, the weights) is read once: those
+bytes a second are set against a large copy's or sum's.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -37,7 +38,7 @@ def cache_bytes(batch: int, keys: int) -> int:
 
 
 def run(quick: bool = False, out: Path | None = None) -> list[Row]:
-    """Measure every backend and peer on every size, then a layer, print a table, extend the ledger.
+    """Measure nothing, every backend and peer on every size, and a layer, print a table, extend the ledger.
 
     Args:
         quick: batch 1 only.
@@ -47,10 +48,11 @@ def run(quick: bool = False, out: Path | None = None) -> list[Row]:
         RuntimeError: if there is no CUDA device.
     """
     bench = Bench("decode")
+    _measure_nothing(bench)
     for batch in BATCHES[: 1 if quick else 2]:
         for keys in KEYS:
-            for name, call in _contenders(batch, keys):
-                bench.measure(f"{batch} × {keys}", name, call, moved=cache_bytes(batch, keys), graph=True)
+            calls = dict(_contenders(batch, keys))
+            bench.compare(f"{batch} × {keys}", calls, moved=cache_bytes(batch, keys), graph=calls)
         _measure_layer(bench, batch, KEYS[1])
     return bench.finish(out)
 
@@ -73,17 +75,27 @@ def _contenders(batch: int, keys: int) -> Iterator[tuple[str, Callable[[], objec
 
     yield "cudnn", cudnn
 
-    from torch.nn.attention.flex_attention import flex_attention
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention, noop_mask
 
-    yield "flex", partial(torch.compile(flex_attention, dynamic=False), q, k, v, enable_gqa=True)
+    # Its decoding kernel shares out the keys of a mask's blocks. Without a mask, one program reads all of a head's.
+    mask = create_block_mask(noop_mask, None, None, 1, keys, device="cuda")
+    yield "flex", partial(torch.compile(flex_attention, dynamic=False), q, k, v, block_mask=mask, enable_gqa=True)
+
+
+def _measure_nothing(bench: Bench) -> None:
+    """Measure the replay of a graph without a kernel, and of one whose kernel writes a number."""
+    calls = {"empty graph": lambda: None, "one number": torch.empty(1, device="cuda").zero_}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*CUDA Graph is empty")
+        bench.compare("nothing", calls, graph=calls)
 
 
 def _measure_layer(bench: Bench, batch: int, keys: int) -> None:
     """Measure a layer's step from a CUDA graph, and launched one by one."""
     layer, hidden = Layer(batch, keys), _draw(batch, 1, HIDDEN)
     moved = layer.weight_bytes + cache_bytes(batch, keys)
-    for name, graph in (("graph", True), ("eager", False)):
-        bench.measure(f"layer {batch} × {keys}", name, partial(layer, hidden), moved=moved, graph=graph)
+    calls = dict.fromkeys(("graph", "eager"), partial(layer, hidden))
+    bench.compare(f"layer {batch} × {keys}", calls, moved=moved, graph=["graph"])
 
 
 class Layer:

@@ -1,4 +1,8 @@
-"""What benchmarks of one layer on several hosts share: which hosts, the slowest one's time, and rows of it."""
+"""What benchmarks of one layer on several hosts share: which hosts, its times, how much of its sending hides, and rows.
+
+Two times of 100 ms do not tell of 0.3 ms of sending. So a layer and the same without sending are compared in pairs, one
+right after the other; and what hides is read from traces of one host's GPU, which are exact.
+"""
 
 import math
 import platform
@@ -11,15 +15,20 @@ from torch import Tensor
 
 from apb.bench import Environment, Row, environment
 from apb.bench.clock import together_ms
+from apb.bench.measure import Timing
+from apb.bench.trace import Span, gather_ms, hidden, profile
 from apb.device import pick_dtype
 from apb.parallel import Host
 
-__all__ = ["Heads", "Times", "Transport", "draw", "find_hosts", "print_head", "report", "slowest_ms"]
+__all__ = ["Heads", "Times", "Transport", "draw", "find_hosts", "print_head", "report", "slowest_ms", "time_layer"]
 
 Transport = Literal["gloo", "nccl"]
 """Who carries the messages."""
 
-_REPEATS = 9
+_REPEATS = 15
+_REST = 3  # the median lies between what is left of 15 values without the 3 least and the 3 greatest, with 96 %
+_TRACES = 5
+_NONE = Timing(math.nan, math.nan, math.nan)
 
 
 class Heads(NamedTuple):
@@ -31,21 +40,38 @@ class Heads(NamedTuple):
 
 
 class Times(NamedTuple):
-    """A layer as it is, the same without sending anything, and what it sends alone, in milliseconds."""
+    """What a layer takes, in milliseconds.
 
-    layer: float
-    compute: float
-    send: float
+    Attributes:
+        layer: as it is, on the slowest host.
+        compute: the same without sending anything.
+        send: what it sends alone.
+        longer: how much longer the layer is than the one without sending that was timed next to it; the interval holds
+            the median with 96 %. Waiting for a host that comes later is part of it.
+        gathers: for how long messages were under way on the last host, which came last and so hardly waited; from
+            traces, NaN on a CPU.
+        exposed: for how long of that nothing else ran.
+    """
 
-    @property
-    def exposed(self) -> float:
-        """How much longer the layer takes for its sending."""
-        return self.layer - self.compute
+    layer: Timing
+    compute: Timing
+    send: Timing
+    longer: Timing
+    gathers: Timing = _NONE
+    exposed: Timing = _NONE
 
     @property
     def hidden(self) -> float:
-        """Share of the sending that does not show; above 1 or below 0 where clocks wander more than that."""
-        return 1 - self.exposed / self.send
+        """Share of the gathers' time in which something else ran, too; NaN without gathers."""
+        return 1 - self.exposed.ms / self.gathers.ms if self.gathers.ms else math.nan
+
+    @property
+    def notes(self) -> str:
+        """What of the sending shows, in words."""
+        ms, low, high = self.longer
+        apart = "" if low > 0 or high < 0 else ", not told apart from 0"
+        traced = "" if math.isnan(self.hidden) else f"; {self.hidden:.0%} of {self.gathers.ms:.3f} ms of gathers hidden"
+        return f"longer for its sending by {ms:.3f} ({low:.3f} – {high:.3f}) ms{apart}{traced}"
 
 
 def find_hosts(benchmark: str, hosts: int | None = None) -> tuple[int, Transport, Environment]:
@@ -84,16 +110,39 @@ def draw(heads: Heads, rows: int, host: Host) -> list[Tensor]:
     ]
 
 
-def slowest_ms(calls: Sequence[Callable[[], object]], host: Host, *, repeats: int = _REPEATS) -> list[float]:
-    """Time calls that all hosts make together, in turn: of each, the slowest host's median over the repeats."""
+def time_layer(
+    layer: Callable[[], object], silent: Callable[[], object], send: Callable[[], object], host: Host
+) -> tuple[Times, list[Span]]:
+    """Time a layer, the same without sending, and its messages alone; and look at what the last host's GPU does in it.
+
+    Returns:
+        The times, and the newest trace; of the other hosts, without what only a trace tells.
+    """
+    layers, alone, sends = slowest_ms([layer, silent, send], host)
+    pairs = sorted(one - other for one, other in zip(layers, alone, strict=True))
+    longer = Timing(statistics.median(pairs), pairs[_REST], pairs[-1 - _REST])
+    times = Times(Timing.of(layers), Timing.of(alone), Timing.of(sends), longer)
+    looks = range(_TRACES if host.device.type == "cuda" else 0)
+    traces = [spans for _ in looks if (spans := profile(layer, host, rank=host.world_size - 1))]
+    if not traces:
+        return times, []
+    gathers = [gather_ms(spans) for spans in traces]
+    exposed = [ms * (1 - hidden(spans)) if ms else 0.0 for ms, spans in zip(gathers, traces, strict=True)]
+    return times._replace(gathers=Timing.of(gathers), exposed=Timing.of(exposed)), traces[-1]
+
+
+def slowest_ms(calls: Sequence[Callable[[], object]], host: Host, *, repeats: int = _REPEATS) -> list[list[float]]:
+    """Time calls that all hosts make together, in turn, there and back: of each call, the slowest host's times."""
     times: list[list[float]] = [[] for _ in calls]
+    turns = list(zip(calls, times, strict=True))
     for repeat in range(1 + repeats):
-        for call, found in zip(calls, times, strict=True):
+        for call, found in turns:
             ms = together_ms(call, host)
             if repeat:  # the first warms up
                 found.append(ms)
-    medians = host.all_gather_object([statistics.median(found) for found in times], what="times")
-    return [max(other) for other in zip(*medians, strict=True)]
+        turns.reverse()
+    everyone = host.all_gather_object(times, what="times")
+    return [[max(repeat) for repeat in zip(*call, strict=True)] for call in zip(*everyone, strict=True)]
 
 
 def print_head(env: Environment, hosts: int, transport: Transport, heads: Heads) -> None:
@@ -101,8 +150,10 @@ def print_head(env: Environment, hosts: int, transport: Transport, heads: Heads)
     dtype = "bf16" if transport == "nccl" else "fp32"
     sizes = f"{heads.q_heads}/{heads.kv_heads} heads of {heads.dim}"
     print(f"{hosts} × {env['device']}, torch {env['torch']}, {sizes}, {dtype}, one layer")
-    names = ("layer ms", "compute", "send", "exposed", "hidden", "TFLOP/s")
-    print(f"{'layout':>10} {'tokens':>7} " + " ".join(f"{name:>8}" for name in names))
+    names = ("layer ms", "80 % within", "compute", "80 % within", "send", "gathers", "exposed", "hidden", "TFLOP/s")
+    widths = (8, 17, 8, 17, 8, 8, 8, 7, 8)
+    columns = (f"{name:>{width}}" for name, width in zip(names, widths, strict=True))
+    print(f"{'layout':>10} {'tokens':>7} " + " ".join(columns))
 
 
 def report(
@@ -114,15 +165,18 @@ def report(
         env: of the run.
         benchmark: its name in the ledger.
         layout, tokens, hosts: the case.
-        times: of the slowest host.
+        times: of the slowest host, and of the last one.
         flop: useful operations of all hosts together.
     """
-    tflops = flop / times.layer / 1e9
-    figures = " ".join(f"{ms:8.3f}" for ms in (*times, times.exposed))
-    print(f"{layout:>10} {tokens:>7} {figures} {times.hidden:8.0%} {tflops:8.0f}", flush=True)
-    rows = []
-    for backend, ms in zip(("layer", "compute alone", "send alone"), times, strict=True):
-        rate, notes = (tflops, "TFLOP/s of all hosts together") if backend == "layer" else (math.nan, "")
-        case = f"{layout} {tokens} on {hosts}"
-        rows.append(Row(**env, benchmark=benchmark, case=case, backend=backend, ms=ms, tflops=rate, notes=notes))
+    tflops = flop / times.layer.ms / 1e9
+    whole = " ".join(f"{t.ms:8.3f} {f'{t.low_ms:.2f} – {t.high_ms:.2f}':>17}" for t in (times.layer, times.compute))
+    parts = " ".join(f"{t.ms:8.3f}" for t in (times.send, times.gathers, times.exposed))
+    print(f"{layout:>10} {tokens:>7} {whole} {parts} {times.hidden:7.0%} {tflops:8.0f}  {times.notes}", flush=True)
+    case, rows = f"{layout} {tokens} on {hosts}", []
+    for backend, timing in zip(("layer", "compute alone", "send alone"), times[:3], strict=True):
+        rate, notes = math.nan, ""
+        if backend == "layer":
+            rate, notes = tflops, f"TFLOP/s of all hosts together; {times.notes}"
+        rows.append(Row(**env, benchmark=benchmark, case=case, backend=backend, **timing._asdict(),
+                        tflops=rate, notes=notes))  # fmt: skip
     return rows

@@ -72,8 +72,7 @@ def run(quick: bool = False, out: Path | None = None) -> list[Row]:
     bench = Bench("masked_attention")
     for shape in SHAPES[: 2 if quick else None]:
         flop = 4 * mask_pairs(shape) * DIM * Q_HEADS
-        for name, call in _contenders(shape):
-            bench.measure(str(shape), name, call, flop=flop)
+        bench.compare(str(shape), dict(_contenders(shape)), flop=flop)
     return bench.finish(out)
 
 

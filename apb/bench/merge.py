@@ -1,6 +1,6 @@
 """Measure the merge of partial attention against PyTorch, eager and compiled, all in one run on one GPU.
 
-Every part is read once and the result written once: those bytes a second are set against a large copy's.
+Every part is read once and the result written once: those bytes a second are set against a large copy's or sum's.
 """
 
 from functools import partial
@@ -60,6 +60,5 @@ def run(quick: bool = False, out: Path | None = None) -> list[Row]:
             "compiled": partial(torch.compile(merge, dynamic=False), outs, lses, backend="torch"),
         }
         name = f"{case.parts} × {case.rows} {str(case.dtype).removeprefix('torch.')}"
-        for backend, call in calls.items():
-            bench.measure(name, backend, call, moved=moved_bytes(case), graph=True)
+        bench.compare(name, calls, moved=moved_bytes(case), graph=calls)
     return bench.finish(out)

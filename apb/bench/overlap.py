@@ -1,7 +1,7 @@
 """Measure how much of APB's sending hides under its computing: one layer's attention, on all GPUs of this machine.
 
 Three times per layout and length, each the slowest host's: the layer as it is, the same without sending anything, and
-its messages alone. Then one layer under PyTorch's profiler: which kernels the gathers really run beside.
+its messages alone. Then layers under PyTorch's profiler: which kernels the gathers really run beside.
 """
 
 from collections.abc import Callable
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from apb.bench import Row, append
-from apb.bench.hosts import Heads, Times, draw, find_hosts, print_head, report, slowest_ms
+from apb.bench.hosts import Heads, Times, draw, find_hosts, print_head, report, time_layer
 from apb.bench.prefill.methods import QUERY_TOKENS, RandomHead
 from apb.bench.timeline import timeline
-from apb.bench.trace import Span, hidden, profile, read_spans, write_spans
+from apb.bench.trace import Span, read_spans, write_spans
 from apb.compress import Projections
 from apb.compress.nan import NanWatch
 from apb.context import Context
@@ -66,10 +66,6 @@ def run(
     for (layout, length), found, flop in zip(cases, times, flops, strict=True):
         rows += report(env, "overlap", layout, length, count, found, flop)
     layout, length = cases[-1]
-    if spans:
-        print(
-            f"{layout} {length}: {hidden(spans):.0%} of the gathers' time on the last host has other kernels beside it"
-        )
     if out is not None:
         append(out, rows)
         write_spans(trace_beside(out), env, f"{layout} {length} on {count}", spans)
@@ -140,16 +136,16 @@ def _measure(host: Host, cases: list[tuple[str, int]], heads: Heads) -> tuple[li
 
     In zigzag both blocks of that host choose what to pass; the second block of rank 0 has nobody to pass to.
     """
-    times, flops, call = [], [], None
+    times, flops, spans = [], [], []
     for layout, tokens in cases:
         layer = _Layer(host, layout, tokens, heads)
-        call = partial(layer, host)
-        times.append(_measure_one(host, layer))
+        found, spans = _measure_one(host, layer)
+        times.append(found)
         flops.append(layer.flop)
-    return times, flops, profile(call, host, rank=host.world_size - 1) if call else []
+    return times, flops, spans
 
 
-def _measure_one(host: Host, layer: _Layer) -> Times:
+def _measure_one(host: Host, layer: _Layer) -> tuple[Times, list[Span]]:
     noting = _Noting(host)
     layer(noting)
 
@@ -158,4 +154,4 @@ def _measure_one(host: Host, layer: _Layer) -> Times:
             host.all_gather(x, what=what).wait()
 
     silent = LoneHost(host.rank, host.world_size, host.device)
-    return Times(*slowest_ms([partial(layer, host), partial(layer, silent), send], host))
+    return time_layer(partial(layer, host), partial(layer, silent), send, host)

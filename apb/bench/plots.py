@@ -12,7 +12,7 @@ __all__ = ["bars", "newest_run", "read_ledger"]
 
 Rate = Literal["tflops", "gbytes"]
 
-_CEILINGS = {"cublas": "tflops", "cuda": "gbytes"}  # whose product or copy is the most that a rate can be
+_CEILINGS = {"cublas": "tflops", "cuda": "gbytes"}  # whose product, copy or sum is the most that a rate can be
 _UNITS: dict[Rate, str] = {"tflops": "TFLOP/s", "gbytes": "GB/s"}
 _COLOURS = ("#4878a8", "#e8a33d", "#4f9d69", "#b0578d", "#7a6a58", "#3b3b98")
 
@@ -84,8 +84,9 @@ def _shown(rows: Sequence[Row], rate: Rate) -> list[Row]:
 
 
 def _ceiling(rows: Sequence[Row], rate: Rate) -> float:
-    """Return the rate of the run's large product or copy; NaN if it measured none."""
-    return next((getattr(row, rate) for row in rows if _CEILINGS.get(row.backend) == rate), math.nan)
+    """Return the greatest rate of the run's large products, or copies and sums; NaN if it measured none."""
+    found = [getattr(row, rate) for row in rows if _CEILINGS.get(row.backend) == rate]
+    return max(filter(math.isfinite, found), default=math.nan)
 
 
 def _draw(panel: Any, rows: Sequence[Row], rate: Rate, ceiling: float, backends: Sequence[str]) -> None:

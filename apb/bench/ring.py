@@ -1,10 +1,10 @@
 """Measure how much of Ring Attention's sending hides under its computing: one layer, on all GPUs of this machine.
 
 Three times per layout and length, each the slowest host's: the layer as it is, the same without sending anything, and
-the sends alone. If sends and computing overlap, the first is the larger of the other two, not their sum.
+the sends alone; then layers under PyTorch's profiler. If sends and computing overlap, the first time is the larger of
+the other two, not their sum.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from apb.bench import Row, append
-from apb.bench.hosts import Heads, Times, draw, find_hosts, print_head, report, slowest_ms
+from apb.bench.hosts import Heads, Times, draw, find_hosts, print_head, report, time_layer
 from apb.context import Context
 from apb.methods import Ring
 from apb.parallel import Host, run_processes
@@ -40,7 +40,9 @@ def run(quick: bool = False, out: Path | None = None) -> list[Row]:
     lengths = TOKENS[:2] if quick else TOKENS
     cases = [(layout, tokens) for tokens in lengths for layout in get_args(Layout)]
     rows = []
-    for (layout, tokens), times in zip(cases, run_processes(hosts, _measure, cases, backend=transport)[0], strict=True):
+    for (layout, tokens), times in zip(
+        cases, run_processes(hosts, _measure, cases, backend=transport)[-1], strict=True
+    ):
         flop = 4 * HEADS.dim * HEADS.q_heads * tokens * (tokens + 1) / 2
         rows += report(env, "ring", layout, tokens, hosts, times, flop)
     if out is not None:
@@ -58,12 +60,13 @@ def _measure_one(host: Host, method: Ring, tokens: int) -> Times:
     q, k, v = draw(HEADS, plan.host(host.rank).rows, host)
 
     silent = LoneHost(host.rank, host.world_size, host.device)
-    calls: list[Callable[[], object]] = [
+    times, _ = time_layer(
         lambda: method.attend(q, k, v, Context(plan, host)),
         lambda: method.attend(q, k, v, Context(plan, silent)),
         lambda: _send(torch.cat((k, v), dim=-1), plan, host),
-    ]
-    return Times(*slowest_ms(calls, host))
+        host,
+    )
+    return times
 
 
 def _send(x: Tensor, plan: ContextPlan, host: Host) -> None:

@@ -2,7 +2,8 @@
 
 The question is whether it is ahead in proportion to its density: speed-up × density = 1 would say that a pair of the
 sparse mask costs what a pair of the causal mask costs. Three sets of diagonals of equal number are measured, because
-density depends on where they lie: one run ("clustered"), runs of 32 ("runs"), and random ones ("scattered").
+density depends on where they lie: one run ("clustered"), runs of 32 ("runs"), and random ones ("scattered"). All of one
+case are timed in turns.
 """
 
 import math
@@ -16,7 +17,7 @@ from torch import Tensor
 from apb.attend import SparseIndex, VerticalSlash, masked_attention, sparse_attention
 from apb.attend.sparse_index import slash_index
 from apb.bench import Row, append, environment
-from apb.bench.measure import time_call
+from apb.bench.measure import Timing, time_in_turns
 
 __all__ = ["CROSSOVER_TOKENS", "GROUPS", "draw_index", "run"]
 
@@ -44,46 +45,60 @@ def run(quick: bool = False, out: Path | None = None) -> list[Row]:
         raise RuntimeError("sparse_attention: needs a CUDA device; these kernels' times mean nothing on a CPU")
     env, rows = environment(), []
 
-    def note(case: str, backend: str, ms: float, pairs: float, notes: str = "") -> None:
-        row = Row(**env, benchmark="sparse_attention", case=case, backend=backend, ms=ms,
-                  tflops=4 * pairs * DIM / ms / 1e9 if pairs else math.nan, notes=notes)  # fmt: skip
+    def note(case: str, backend: str, timing: Timing | str, pairs: float, notes: str = "") -> None:
+        if isinstance(timing, str):
+            timing, notes = Timing(math.nan, math.nan, math.nan), timing
+        row = Row(**env, benchmark="sparse_attention", case=case, backend=backend, **timing._asdict(),
+                  tflops=4 * pairs * DIM / timing.ms / 1e9 if pairs else math.nan, notes=notes)  # fmt: skip
         rows.append(row)
-        print(f"{case:>28} {backend:>12} {ms:9.3f} ms {row.tflops:6.0f} TFLOP/s  {notes}", flush=True)
+        print(f"{case:>28} {backend:>12} {timing.ms:9.3f} ms {row.tflops:6.0f} TFLOP/s  {notes}", flush=True)
 
     print(f"{env['device']}, torch {env['torch']}, triton {env['triton']}")
     tokens = 32768 if quick else 131072
     for q_heads, kv_heads in GROUPS:
         q, k, v = _draw(tokens, q_heads, kv_heads)
-        name = f"{tokens} {q_heads}/{kv_heads}"
-        exact = {}
-        for peer, call in _exact(q, k, v):
-            try:
-                exact[peer] = _ms(call)
-                note(name, peer, exact[peer], q_heads * tokens * (tokens + 1) / 2)
-            except Exception as error:  # a peer's failure is a result, not the end of the run
-                note(name, peer, math.nan, 0, f"{type(error).__name__}: {error}"[:120])
-        note(name, "index", _ms(partial(LLAMA.index, q, k)), 0, str(LLAMA))
-        for kind in ("clustered", "runs", "scattered"):
-            index = draw_index(kind, LLAMA, tokens, q_heads)
-            ms, density = _ms(partial(sparse_attention, q, k, v, index)), float(index.density().mean())
-            against = ", ".join(f"{dense / ms:.2f}× {peer} (× density {dense / ms * density:.2f})"
-                                for peer, dense in exact.items())  # fmt: skip
-            note(f"{name} {kind}", "sparse", ms, float(index.pairs().sum()), f"density {density:.4f}: {against}")
-        del q, k, v
+        name, exact = f"{tokens} {q_heads}/{kv_heads}", dict(_exact(q, k, v))
+        indices = {kind: draw_index(kind, LLAMA, tokens, q_heads) for kind in ("clustered", "runs", "scattered")}
+        sparse = {kind: partial(sparse_attention, q, k, v, index) for kind, index in indices.items()}
+        times = time_in_turns({**exact, "index": partial(LLAMA.index, q, k), **sparse})
+        for peer in exact:
+            note(name, peer, times[peer], q_heads * tokens * (tokens + 1) / 2)
+        note(name, "index", times["index"], 0, str(LLAMA))
+        for kind, index in indices.items():
+            density = float(index.density().mean())
+            ratios = {peer: _ms(times[peer]) / _ms(times[kind]) for peer in exact}
+            against = ", ".join(f"{ratio:.2f}× {peer} (× density {ratio * density:.2f})"
+                                for peer, ratio in ratios.items() if math.isfinite(ratio))  # fmt: skip
+            notes = f"density {density:.4f}: {against}"
+            note(f"{name} {kind}", "sparse", times[kind], float(index.pairs().sum()), notes)
+        del q, k, v, exact, indices, sparse
     for tokens in CROSSOVER_TOKENS:
-        q, k, v = _draw(tokens, *GROUPS[-1])
-        name = f"crossover {tokens}"
-        exact_ms = _ms(partial(masked_attention, q, k, v, anchor_tokens=0, passing_tokens=0))
-        note(name, "triton", exact_ms, GROUPS[-1][0] * tokens * (tokens + 1) / 2)
-        for pattern in (VerticalSlash(), LLAMA):
-            index = draw_index("clustered", pattern, tokens, GROUPS[-1][0])
-            parts = _ms(partial(pattern.index, q, k)), _ms(partial(sparse_attention, q, k, v, index))
-            note(f"{name} {pattern.vertical}/{pattern.slash}", "index+sparse", sum(parts), 0,
-                 f"density {float(index.density().mean()):.4f}, index {parts[0]:.3f} ms: "
-                 f"{exact_ms / sum(parts):.2f}× triton")  # fmt: skip
+        _crossover(tokens, note)
     if out is not None:
         append(out, rows)
     return rows
+
+
+def _crossover(tokens: int, note: Callable[..., None]) -> None:
+    """Measure exact attention, and the index and what it selects together, in a layer."""
+    q, k, v = _draw(tokens, *GROUPS[-1])
+    calls: dict[str, Callable[[], object]] = {
+        "exact": partial(masked_attention, q, k, v, anchor_tokens=0, passing_tokens=0)
+    }
+    densities = {}
+    for pattern in (VerticalSlash(), LLAMA):
+        index, label = draw_index("clustered", pattern, tokens, GROUPS[-1][0]), f"{pattern.vertical}/{pattern.slash}"
+        calls[f"index {label}"] = partial(pattern.index, q, k)
+        calls[f"sparse {label}"] = partial(sparse_attention, q, k, v, index)
+        densities[label] = float(index.density().mean())
+    times = time_in_turns(calls)
+    note(f"crossover {tokens}", "triton", times["exact"], GROUPS[-1][0] * tokens * (tokens + 1) / 2)
+    for label, density in densities.items():
+        index_ms, sparse_ms = _ms(times[f"index {label}"]), _ms(times[f"sparse {label}"])
+        both = Timing(index_ms + sparse_ms, math.nan, math.nan)
+        ratio = _ms(times["exact"]) / both.ms
+        notes = f"density {density:.4f}, index {index_ms:.3f} ms: {ratio:.2f}× triton"
+        note(f"crossover {tokens} {label}", "index+sparse", both, 0, notes)
 
 
 def draw_index(kind: str, pattern: VerticalSlash, tokens: int, q_heads: int) -> SparseIndex:
@@ -105,8 +120,8 @@ def draw_index(kind: str, pattern: VerticalSlash, tokens: int, q_heads: int) -> 
     return slash_index(offsets.cuda(), some(vertical, tokens).cuda(), tokens)
 
 
-def _ms(call: Callable[[], object]) -> float:
-    return time_call(call).ms
+def _ms(timing: Timing | str) -> float:
+    return math.nan if isinstance(timing, str) else timing.ms
 
 
 def _draw(tokens: int, q_heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:

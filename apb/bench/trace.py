@@ -1,7 +1,7 @@
 """What a GPU did while hosts ran one layer: kernels and copies by stream, and how much of the sending hides.
 
     spans = profile(call, host)         # every host calls it, one looks: kind, stream, start and duration of each
-    hidden(spans)                       # the share of the gathers' time in which something else ran, too
+    gather_ms(spans), hidden(spans)     # how long gathers ran, and in which share of that something else ran, too
     write_spans(path, env, case, spans)
     line, spans = read_spans(path)      # the newest run's
 
@@ -24,7 +24,10 @@ from apb.bench import Environment, append, read_rows
 from apb.bench.clock import SPIN, await_device, queue_ahead
 from apb.parallel import Host
 
-__all__ = ["Interval", "Kind", "Span", "SpanRow", "common", "hidden", "profile", "read_spans", "union", "write_spans"]
+__all__ = [
+    "Interval", "Kind", "Span", "SpanRow", "common", "gather_ms", "hidden", "profile", "read_spans", "union",
+    "write_spans",
+]  # fmt: skip
 
 Interval = tuple[float, float]
 
@@ -100,6 +103,7 @@ def profile(call: Callable[[], object], host: Host, *, rank: int = 0) -> list[Sp
             activities=[activity.CPU, *([activity.CUDA] if host.device.type == "cuda" else [])],
             schedule=torch.profiler.schedule(wait=0, warmup=1, active=1, repeat=1),
             on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)),
+            acc_events=True,  # or it warns that it keeps one step's events, which is all that there is
         )
         with looking if host.rank == rank else nullcontext() as profiler:
             call()
@@ -147,13 +151,22 @@ def kind_of(name: str) -> Kind:
     return next((kind for kind, words in _WORDS.items() if any(word in low for word in words)), "other")
 
 
+def gather_ms(spans: Iterable[Span]) -> float:
+    """Return for how long one gather or several ran, in milliseconds."""
+    return _length(_gathers(spans)) / 1e3
+
+
 def hidden(spans: Iterable[Span]) -> float:
     """Return the share of the gathers' time in which something that is no gather ran, too; NaN without gathers."""
     spans = list(spans)
-    gathers = union((span.start_us, span.stop_us) for span in spans if span.kind == "gather")
+    gathers = _gathers(spans)
     others = union((span.start_us, span.stop_us) for span in spans if span.kind != "gather")
     whole = _length(gathers)
     return _length(common(gathers, others)) / whole if whole else math.nan
+
+
+def _gathers(spans: Iterable[Span]) -> list[Interval]:
+    return union((span.start_us, span.stop_us) for span in spans if span.kind == "gather")
 
 
 def union(intervals: Iterable[Interval]) -> list[Interval]:

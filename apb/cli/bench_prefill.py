@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto",
                         help="default: bfloat16; float32 where a CPU computes")  # fmt: skip
     parser.add_argument("--backend", choices=get_args(Backend), default="auto",
-                        help="who computes the attention (default: triton on a GPU)")  # fmt: skip
+                        help="who computes the attention (default: on a GPU hopper, or else triton)")  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -123,7 +123,7 @@ class _Progress:
 
     def __init__(self, total: int) -> None:
         self._total, self._done = total, 0
-        self._start = time.monotonic()
+        self._start = self._before = time.monotonic()
         self._said, self._over = -10.0, False
 
     def __call__(self, text: str) -> None:
@@ -135,12 +135,14 @@ class _Progress:
             self._over = True
 
     def row(self, row: PrefillRow) -> None:
-        """Show a row that is done, in the place of what went on."""
+        """Show a row that is done and how long that took, in the place of what went on."""
         figure = f"{figure_text(row.tflop)} TFLOP" if row.mode == "counted" else f"{figure_text(row.ttft_ms)} ms"
         hosts = f"{row.hosts} host{'s' * (row.hosts > 1)}"
         what = row.notes or "no figure" if failed(row) else figure
         self._done += 1
-        self._show(f"{row.method}, {length_text(row.tokens)} tokens, {hosts}: {what}", self._done)
+        now = time.monotonic()
+        took, self._before = now - self._before, now
+        self._show(f"{row.method}, {length_text(row.tokens)} tokens, {hosts}: {what} (in {took:.1f} s)", self._done)
         self._over = False
 
     def _show(self, text: str, number: int) -> None:

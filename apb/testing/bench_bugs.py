@@ -41,7 +41,57 @@ BENCH_BUGS = (
         new="set()",
         tests="tests/test_cli_bench_prefill.py -k goes_on",
     ),
+    # Calls that are timed in turns.
+    Bug(
+        name="the same call begins every round",
+        file="bench/measure.py",
+        old="order.rotate(-1)",
+        new="order.rotate(0)",
+        tests="tests/test_bench.py -k each_round",
+    ),
+    Bug(
+        name="one call after the other, as clocks go down",
+        file="bench/measure.py",
+        old="    for _ in range(_ROUNDS):\n        for name in order:\n",
+        new="    for name in list(order):\n        for _ in range(_ROUNDS):\n",
+        tests="tests/test_bench.py -k drift",
+    ),
+    Bug(
+        name="a call that failed is tried in every round",
+        file="bench/measure.py",
+        old="            if name not in found:\n",
+        new="            if name:\n",
+        tests="tests/test_bench.py -k later_rounds",
+    ),
+    Bug(
+        name="a layer compared with another one than the next",
+        file="bench/hosts.py",
+        old="zip(layers, alone, strict=True)",
+        new="zip(sorted(layers), sorted(alone), strict=True)",
+        tests="tests/test_bench_overlap.py -k next_to_it",
+    ),
+    Bug(
+        name="waiting for messages that counts where something else runs",
+        file="bench/hosts.py",
+        old="ms * (1 - hidden(spans))",
+        new="ms * hidden(spans)",
+        tests="tests/test_bench_overlap.py -k traces_tell",
+    ),
     # The engine of `apb bench prefill`.
+    Bug(
+        name="hosts started anew for every case",
+        file="bench/prefill/run.py",
+        old="jobs=tuple(left)",
+        new="jobs=(left[0],)",
+        tests="tests/test_bench_started.py -k started_once",
+    ),
+    Bug(
+        name="a host that died taken for a case that failed",
+        file="bench/prefill/measured.py",
+        old='host.all_gather_object(None, what="failure")',
+        new="pass",
+        tests="tests/test_bench_started.py -k ends_its_hosts",
+    ),
     Bug(
         name="a question that stands where the document begins",
         file="bench/prefill/share.py",
@@ -130,8 +180,8 @@ BENCH_BUGS = (
     Bug(
         name="the quickest host's time taken for the group's",
         file="bench/hosts.py",
-        old="max(other) for other in",
-        new="min(other) for other in",
+        old="max(repeat) for repeat in",
+        new="min(repeat) for repeat in",
         tests="tests/test_bench_overlap.py -k slowest",
     ),
     Bug(

@@ -21,9 +21,10 @@ from apb.context import Trace
 from apb.memory import PeakMemory
 from apb.parallel import Host, HostError, LoneHost, run_processes
 
-__all__ = ["run_one"]
+__all__ = ["TIMEOUT_S", "run_one"]
 
-_TIMEOUT_S = 120.0
+TIMEOUT_S = 120.0
+"""Longest wait for the others' messages; they run the same case."""
 _ENOUGH_S = 0.5
 
 
@@ -48,7 +49,7 @@ def run_one(case: Case, *, repeats: int, on_progress: Callable[[str], None], hos
     on_progress(f"{case.hosts} host{'s' * (case.hosts > 1)}")
     if host is None:
         backend = "nccl" if case.device.type == "cuda" else "gloo"
-        found = run_processes(case.hosts, _measure, case, repeats, backend=backend, timeout_s=_TIMEOUT_S)[0]
+        found = run_processes(case.hosts, _measure, case, repeats, backend=backend, timeout_s=TIMEOUT_S)[0]
     else:
         found = _measure(host, case, repeats)
     if found["failure"]:
@@ -80,6 +81,7 @@ def _measure(host: Host, case: Case, repeats: int) -> dict[str, Any]:
         with host.together("rehearsal"):
             share, memory, density = _rehearse(case, host.rank) if takes_part else (None, None, "")
     except Exception as error:
+        host.all_gather_object(None, what="failure")  # raises if the group is lost: then nothing more can be measured
         return {"failure": reason(error)}
     try:
         report = None

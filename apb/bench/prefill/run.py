@@ -1,8 +1,11 @@
 """All lengths, all methods: one row for each, as soon as it is there."""
 
+from collections import deque
 from collections.abc import Callable, Container, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch._subclasses import FakeTensorMode
@@ -15,6 +18,7 @@ from apb.bench.prefill.link import NVLINK, Link
 from apb.bench.prefill.methods import Contender, line_up
 from apb.bench.prefill.record import Mode, PrefillRow
 from apb.bench.prefill.shapes import SHAPES
+from apb.bench.prefill.started import run_telling
 from apb.bench.prefill.store import Key
 from apb.device import pick_device, pick_dtype
 from apb.methods import Flash
@@ -43,13 +47,15 @@ def run_prefill(
 ) -> None:
     """Run every method at every length and number of hosts.
 
-    Under torchrun, "measured" runs on its ranks: all of them go through the same loop, and rank 0 speaks for all.
+    "measured" starts its hosts as processes, once for all cases of a number of hosts, and one number after the other.
+    Under torchrun it runs on its ranks: all of them go through the same loop, and rank 0 speaks for all.
 
     Args:
         shape, tokens, hosts, names, mode, link, dtype, backend: as in `cases`.
         repeats: how often to time at least, ≥ 1.
         known: keys of the rows that are there already; those are left out.
-        on_row: called with each row when it is done; on rank 0 alone.
+        on_row: called with each row when it is done; on rank 0 alone. Where processes are started, it and `on_progress`
+            are called in a thread of their own.
         on_progress: called with a line on what is under way; on rank 0 alone.
         device: where to compute; None is the first GPU, or else the CPU.
 
@@ -65,8 +71,11 @@ def run_prefill(
         raise ValueError(f"hosts: torchrun started {host.world_size} ranks, got {counts}; measure on as many hosts")
     device = (device or pick_device()) if host is None else host.device
     speaks = host is None or host.rank == 0
-    run = _Run(mode, repeats, link or NVLINK, host, on_progress if speaks else lambda text: None)
     wanted = cases(shape, tokens, counts, names, mode, link, device=device, dtype=dtype, backend=backend)
+    if mode == "measured" and host is None:
+        _start_hosts([job for key, job in wanted.items() if key not in known], repeats, on_row, on_progress)
+        return
+    run = _Run(mode, repeats, link or NVLINK, host, on_progress if speaks else lambda text: None)
     for key, (case, contender) in wanted.items():
         if key in known if host is None else host.all_gather_object(key in known, what="known")[0]:
             continue
@@ -109,9 +118,9 @@ def cases(
     """
     if dtype is None:
         dtype = torch.bfloat16 if mode == "counted" else pick_dtype("auto", device)
-    with FakeTensorMode():
-        auto = choose_backend(torch.empty(0, device=device, dtype=dtype))
     model, name, found = replace(SHAPES[shape], bytes_per_value=dtype.itemsize), environment(device)["device"], {}
+    with FakeTensorMode():
+        auto = choose_backend(torch.empty(1, model.heads, 1, model.head_dim, device=device, dtype=dtype))
     for length, count in ((length, count) for length in tokens for count in hosts):
         for one in line_up(names, length, count, backend=backend):
             case = Case(
@@ -127,6 +136,45 @@ def cases(
             )
             found.setdefault(case.key(mode, name), (case, one))
     return found
+
+
+_Job = tuple[Case, Contender]
+
+
+def _start_hosts(
+    jobs: Sequence[_Job],
+    repeats: int,
+    on_row: Callable[[PrefillRow], None],
+    on_progress: Callable[[str], None],
+) -> None:
+    """Measure on processes, started once for each number of hosts; and again for the rest, if a case has ended them."""
+    for count in dict.fromkeys(case.hosts for case, _ in jobs):
+        left = deque(job for job in jobs if job[0].hosts == count)
+        backend = "nccl" if left[0][0].device.type == "cuda" else "gloo"
+
+        def take(item: str | PrefillRow, left: deque[_Job] = left) -> None:
+            if isinstance(item, str):
+                on_progress(item)
+            else:
+                left.popleft()
+                on_row(item)
+
+        while left:
+            on_progress(f"starting {count} host{'s' * (count > 1)}")
+            serve = partial(_serve, jobs=tuple(left), repeats=repeats)
+            error = run_telling(count, serve, on_item=take, backend=backend, timeout_s=measured.TIMEOUT_S)
+            if error is not None and left:
+                take(left[0][0].blank("measured", notes=reason(error)))
+
+
+def _serve(host: Host, tell: Callable[[Any], None], *, jobs: Sequence[_Job], repeats: int) -> None:
+    """Be one of the hosts that were started for these cases; rank 0 tells of progress and rows."""
+    run = _Run("measured", repeats, NVLINK, host, tell)
+    for case, contender in jobs:
+        row = run(replace(case, device=host.device), contender)
+        if run.broken is not None:
+            raise run.broken
+        tell(row)
 
 
 class _Run:
