@@ -1,6 +1,7 @@
 """Every tutorial runs, and its exercise's checker takes the answer and rejects what is wrong."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -119,3 +120,23 @@ def test_tutorial_has_its_parts(path):
     ):
         assert part in text, f"{path.name} lacks {part!r}"
     assert "reference" in text
+
+
+def code_lines(text):
+    """Count what a percent-format file has to say to Python: no markdown, no comments, no empty lines."""
+    return sum(
+        bool(line.strip()) and not line.lstrip().startswith("#")
+        for cell in re.split(r"^(?=# %%)", text, flags=re.MULTILINE)
+        if not cell.startswith("# %% [markdown]")
+        for line in cell.splitlines()
+    )
+
+
+def test_code_lines():
+    text = "# ---\n# head\n\n# %% [markdown]\n# words\nwords\n\n# %%\n# why\nx = 1  # one\n\n    y\n# %% tags=[]\nz\n"
+    assert code_lines(text) == 3
+
+
+@pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
+def test_tutorial_is_short(path):
+    assert 30 <= code_lines(path.read_text()) <= 150

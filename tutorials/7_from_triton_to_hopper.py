@@ -14,8 +14,17 @@
 # tensor cores themselves.
 
 # %%
+import heapq
+import inspect
 import os
+import subprocess
+import sys
+import tempfile
+from itertools import product
+from pathlib import Path
 
+import matplotlib.pyplot as plt
+import numpy as np
 import torch
 
 if not torch.cuda.is_available():
@@ -24,6 +33,9 @@ if not torch.cuda.is_available():
 import triton
 import triton.language as tl
 
+import apb
+from apb.bench.kernel import DIM, KV_HEADS, Q_HEADS, SHAPES, Shape, mask_pairs
+from apb.bench.plots import newest_run, read_ledger
 from apb.reference import apb_mask, attention
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -36,38 +48,31 @@ torch.manual_seed(0)
 # head h // group. And tensors rarely lie in memory as a kernel would like. Keys and values that were passed on came in
 # one message, side by side. The result is wanted row by row, all heads of a row together, for the next matrix product.
 #
-# PyTorch can repeat and rearrange, but each time it copies. At the size of one host at 128K tokens, in bfloat16:
-
-# %%
-from apb.bench.kernel import DIM, KV_HEADS, Q_HEADS, SHAPES, Shape, mask_pairs
-
-shape = SHAPES[1]  # anchor, passing block, block, with Llama-3.1-8B's heads
-columns, group = shape.anchor + shape.passing + shape.block, Q_HEADS // KV_HEADS
-kv_bytes = 2 * KV_HEADS * columns * DIM * 2
-print(f"{shape}: K and V {kv_bytes / 1e6:.0f} MB; repeated for {Q_HEADS} heads {group * kv_bytes / 1e6:.0f} MB")
-
-# %% [markdown]
+# PyTorch can repeat and rearrange, but each time it copies: repeated for the 32 query heads of Llama-3.1-8B, its 8
+# heads of keys and values take four times the memory.
+#
 # A kernel that is told the **strides**, how far apart neighbours lie along each dimension, copies nothing. And to share
 # heads it takes one division.
 #
 # ## Skip and sweep
 #
 # Row i sees the columns up to i, or up to i + |P| in the block. So for a tile of rows the columns fall into three runs:
-# [0, full), which every row sees; [full, stop), the diagonal; and [stop, …), which no row sees. The first needs no
+# [0, full), which every row sees; [full, end), the diagonal; and [end, …), which no row sees. The first needs no
 # mask, the last is never touched. You found the two bounds in tutorial 6. Here they are at work: two loops that share
-# one step. (For short, rows of A and of B never share a tile here: |A| divides by BLOCK_M.)
+# one step. (For short, rows of A and of B never share a tile here: |A| divides by BLOCK_M. And K and V, which came in
+# one message, have the same strides.)
 
 
 # %%
 @triton.jit
-def sweep(acc, peak, total, q_tile, k, v, lo, hi, limit, stride_kn, stride_vn, scale,
+def sweep(acc, peak, total, q_tile, k, v, lo, hi, limit, stride_kn, scale,
           D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     dims = tl.arange(0, D)
     for start in tl.range(lo, hi, BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
         exists = (column < hi)[:, None]
         k_tile = tl.load(k + column[:, None] * stride_kn + dims[None, :], mask=exists, other=0.0)
-        v_tile = tl.load(v + column[:, None] * stride_vn + dims[None, :], mask=exists, other=0.0)
+        v_tile = tl.load(v + column[:, None] * stride_kn + dims[None, :], mask=exists, other=0.0)
         scores = tl.dot(q_tile, k_tile.T, input_precision="ieee") * scale
         if MASKED:
             scores = tl.where(column[None, :] <= limit[:, None], scores, float("-inf"))
@@ -81,33 +86,30 @@ def sweep(acc, peak, total, q_tile, k, v, lo, hi, limit, stride_kn, stride_vn, s
 
 @triton.jit
 def grouped_flash(q, k, v, out, rows, anchor, passing, group, scale,
-                  stride_qh, stride_qn, stride_kh, stride_kn, stride_vh, stride_vn, stride_oh, stride_on,
+                  stride_qh, stride_qn, stride_kh, stride_kn, stride_oh, stride_on,
                   D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     first, head = tl.program_id(0) * BLOCK_M, tl.program_id(1)
     row, dims = first + tl.arange(0, BLOCK_M), tl.arange(0, D)
     inside = (row < rows)[:, None]
     q_tile = tl.load(q + head * stride_qh + row[:, None] * stride_qn + dims[None, :], mask=inside, other=0.0)
-    k, v = k + head // group * stride_kh, v + head // group * stride_vh
+    k, v = k + head // group * stride_kh, v + head // group * stride_kh
 
     shift = tl.where(first < anchor, 0, passing)
     full = (first + shift + 1) // BLOCK_N * BLOCK_N
-    stop = tl.minimum(first + BLOCK_M, rows) + shift
+    end = tl.minimum(first + BLOCK_M, rows) + shift
     acc = tl.zeros([BLOCK_M, D], tl.float32)
     peak, total = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
-    acc, peak, total = sweep(acc, peak, total, q_tile, k, v, 0, full, row, stride_kn, stride_vn, scale,
-                             D, BLOCK_N, False)  # fmt: skip
-    acc, peak, total = sweep(acc, peak, total, q_tile, k, v, full, stop, row + shift, stride_kn, stride_vn, scale,
-                             D, BLOCK_N, True)  # fmt: skip
-    acc = acc / total[:, None]
-    tl.store(out + head * stride_oh + row[:, None] * stride_on + dims[None, :], acc.to(out.dtype.element_ty),
-             mask=inside)  # fmt: skip
+    acc, peak, total = sweep(acc, peak, total, q_tile, k, v, 0, full, row, stride_kn, scale, D, BLOCK_N, False)
+    acc, peak, total = sweep(acc, peak, total, q_tile, k, v, full, end, row + shift, stride_kn, scale, D, BLOCK_N, True)
+    out += head * stride_oh + row[:, None] * stride_on + dims[None, :]
+    tl.store(out, (acc / total[:, None]).to(out.dtype.element_ty), mask=inside)
 
 
 a, p, b, dim = 16, 24, 40, 16
 q = 3 * torch.randn(4, a + b, dim, device=device)  # heads tokens dim
 k, v = torch.randn(a + p + b, 2, 2 * dim, device=device).transpose(0, 1).chunk(2, dim=-1)  # K and V side by side
 out = torch.empty(a + b, 4, dim, device=device).transpose(0, 1)  # a row's heads together
-strides = [stride for x in (q, k, v, out) for stride in x.stride()[:2]]
+strides = [stride for x in (q, k, out) for stride in x.stride()[:2]]
 grid = (triton.cdiv(a + b, 16), len(q))
 grouped_flash[grid](q, k, v, out, a + b, a, p, 2, dim**-0.5, *strides, D=dim, BLOCK_M=16, BLOCK_N=16)
 truth, _ = attention(q[None], k[None], v[None], apb_mask(a + b, a + p + b, a, p))
@@ -117,32 +119,22 @@ print("agrees with the reference: 4 query heads, 2 KV heads, no copy")
 # %% [markdown]
 # ## How much is skipped
 #
-# Count the tiles of the real shape. Of all tiles, only the diagonal ones pay for comparing columns with limits.
+# Count the tiles of a real shape: the last of 8 hosts with a document of 32K tokens. Of all tiles, only the diagonal
+# ones pay for comparing columns with limits.
 
 # %%
-import matplotlib.pyplot as plt
-import numpy as np
-
-
-def tile_map(shape, block=128):
-    """Say of each tile of rows × keys: 0 nobody sees it, 1 everybody does, 2 the diagonal."""
-    a, p, b = (x // block for x in shape[:3])
-    row, column = np.arange(a + b)[:, None], np.arange(a + p + b)[None, :]
-    limit = row + np.where(row < a, 0, p)
-    return (column < limit) + 2 * (column == limit)
-
-
-tiles = tile_map(shape)
+shape, group = SHAPES[0], Q_HEADS // KV_HEADS  # tokens of anchor, passing block and block
+blocks_a, blocks_p, blocks_b = (tokens // 128 for tokens in shape[:3])
+row, column = np.arange(blocks_a + blocks_b)[:, None], np.arange(blocks_a + blocks_p + blocks_b)
+limit = row + np.where(row < blocks_a, 0, blocks_p)
+tiles = (column < limit) + 2 * (column == limit)  # 0 nobody sees it, 1 everybody does, 2 the diagonal
 shares = [f"{(tiles == kind).mean():.1%} {name}" for kind, name in enumerate(("skipped", "without a mask", "diagonal"))]
-print(f"{tiles.shape[0]} × {tiles.shape[1]} tiles of 128 × 128: {', '.join(shares)}")
+print(f"{shape}: {' × '.join(map(str, tiles.shape))} tiles of 128 × 128: {', '.join(shares)}")
 
-figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
-axis.imshow(tile_map(SHAPES[0]), cmap=plt.matplotlib.colors.ListedColormap(["white", "#4878a8", "#e8a33d"]))
-axis.set(xlabel="tiles of keys: anchor, passing block, block", ylabel="tiles of rows", title=str(SHAPES[0]))
-figure.set_label(
-    "A map of tiles. The anchor's rows make a small triangle at the upper left, the block's a wide rectangle and a "
-    "triangle behind it. One orange tile a row marks the diagonal; white tiles are skipped."
-)
+figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+axis.imshow(tiles, cmap=plt.matplotlib.colors.ListedColormap(["white", "#4878a8", "#e8a33d"]))
+axis.set(xlabel="tiles of keys: anchor, passing block, block", ylabel="tiles of rows", title=str(shape))
+figure.set_label("Tiles: a small triangle for the anchor's rows, for the block's a wide rectangle and a triangle.")
 
 # %% [markdown]
 # ## What limits a tile
@@ -154,48 +146,32 @@ figure.set_label(
 # interprets.)
 
 # %%
-import inspect
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
-
 COMPILE = """
-import os, tempfile, torch
-from pathlib import Path
+import torch
 from apb.kernels import aot
 
-def show(name, build):
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["TRITON_CACHE_DIR"] = folder
-        report = build()
-        code = next(Path(folder).rglob("*.ptx")).read_text()
-    found = [word for word in ("mma.sync", "wgmma", "cp.async.bulk", "setmaxnreg") if word in code]
-    found += ["SERIALISED"] * report.wgmma_serialised
-    numbers = f"{report.registers:>10}{report.spill_bytes:>7} B{report.shared_bytes / 1024:>11.0f}"
-    print(f"{name:<35}{numbers}  {', '.join(found)}")
-
-types = {x: "*bf16" for x in ("q", "k", "v", "out")} | {"scale": "fp32"}
+types, reports = {x: "*bf16" for x in ("q", "k", "v", "out")} | {"scale": "fp32"}, {}
 for capability, m, n, warps in (80, 128, 64, 8), (90, 128, 64, 8), (90, 128, 128, 4):
-    constants = {"D": 128, "BLOCK_M": m, "BLOCK_N": n}
-    show(f"yours, sm_{capability}, {m} × {n}, {warps} warps", lambda: aot.compile_kernel(
-        grouped_flash, types, constants, capability=capability, warps=warps, stages=2))
-show("library's, sm_90", lambda: aot.report_masked_flash(torch.bfloat16, 128, 90, tma=True))
-show("library's Hopper kernel", lambda: aot.report_hopper(torch.bfloat16, 128))
+    reports[f"yours, sm_{capability}, {m} × {n}, {warps} warps"] = aot.compile_kernel(
+        grouped_flash, types, {"D": 128, "BLOCK_M": m, "BLOCK_N": n}, capability=capability, warps=warps, stages=2)
+reports["library's, sm_90"] = aot.report_masked_flash(torch.bfloat16, 128, 90, tma=True)
+reports["library's Hopper kernel"] = aot.report_hopper(torch.bfloat16, 128)
+for name, x in reports.items():
+    numbers = f"{x.registers:>10}{x.spill_bytes:>7} B{x.shared_bytes / 1024:>11.0f}"
+    print(f"{name:<35}{numbers}{'  SERIALISED' * x.wgmma_serialised}")
 """
 with tempfile.TemporaryDirectory() as folder:
     sources = [inspect.getsource(kernel.fn) for kernel in (sweep, grouped_flash)]
     file = Path(folder, "compile_both.py")  # a file: Triton reads a kernel's source from there
     file.write_text("\n\n".join(["import triton\nimport triton.language as tl", *sources, COMPILE]))
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    run = subprocess.run([sys.executable, file], env=environment, stdout=subprocess.PIPE, text=True, check=True)
-print(f"{'':<35} registers  spilled  shared KB  instructions\n{run.stdout}")
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, file], env=environment, stdout=subprocess.PIPE, text=True, check=True)
+print(f"{'':<35} registers  spilled  shared KB\n{done.stdout}")
 
 # %% [markdown]
-# The same source became other instructions: `mma.sync` on sm_80, and on sm_90 **wgmma**, products that a group of four
-# warps starts and does not wait for. With a 128 × 128 tile on 4 warps the sums do not fit: registers spill, and the
-# assembler makes every product wait for the one before ("serialised"). Nothing would be wrong with the result, and a
+# On sm_90 the same source becomes other instructions: **wgmma**, products that a group of four warps starts and does
+# not wait for. With a 128 × 128 tile on 4 warps the sums do not fit: registers spill, and the assembler makes every
+# product wait for the one before ("serialised"). Nothing would be wrong with the result, and a
 # test would pass. So the library compiles all its kernels in its tests and looks for just that.
 #
 # The last two lines use what only Hopper has. We come to that; first the rest of the machine.
@@ -203,52 +179,29 @@ print(f"{'':<35} registers  spilled  shared KB  instructions\n{run.stdout}")
 # ## The order of tiles
 #
 # An H100 has 132 multiprocessors. Each takes the next tile when it is done with one, and tiles differ: the later a row,
-# the more it sees. Who comes last decides how long all wait. Each bar below is a tile; its length is the number of key
-# tiles it reads.
+# the more it sees. Who comes last decides how long all wait. Play it through, with as much time for a tile as it has
+# tiles of keys to read:
+
 
 # %%
-import heapq
-from itertools import product
-
-
-def schedule(lengths, workers=132):
-    """Give each tile to the worker that is free first; return (worker, start, length) of each."""
-    free, placed = [(0, worker) for worker in range(workers)], []
+def finish(lengths, workers=132):
+    """Give each tile to the worker that is free first; return when the last one is done."""
+    free = [0] * workers
     for length in lengths:
-        start, worker = heapq.heappop(free)
-        placed.append((worker, start, length))
-        heapq.heappush(free, (start + length, worker))
-    return placed
+        heapq.heapreplace(free, free[0] + int(length))
+    return max(free)
 
 
-lengths = (tile_map(SHAPES[0]) > 0).sum(axis=1)  # key tiles that each tile of rows reads, the first rows first
-orders = {
-    "first rows first, head by head": [(head // group, int(x)) for head in range(Q_HEADS) for x in lengths],
-    "as in our kernels": [(kv, int(x)) for kv in range(KV_HEADS) for x in lengths[::-1] for _ in range(group)],
-}
-best = Q_HEADS * lengths.sum() / 132
-figure, axes = plt.subplots(2, 1, figsize=(9, 5), sharex=True, layout="constrained")
-ends = {}
-for axis, (name, order) in zip(axes, orders.items(), strict=True):
-    placed = schedule([length for _, length in order])
-    ends[name] = max(start + length for _, start, length in placed)
-    colours = [plt.cm.tab10(kv) for kv, _ in order]
-    for (worker, start, length), colour in zip(placed, colours, strict=True):
-        if worker % 6 == 0:  # every sixth multiprocessor
-            axis.barh(worker, length, left=start, height=5, color=colour, edgecolor="white", linewidth=0.3)
-    axis.axvline(best, color="black", linestyle="--")
-    axis.set_title(f"{name}: {ends[name] / best - 1:.1%} longer than if all ended together", fontsize=10, loc="left")
-    axis.set(ylabel="multiprocessor", xlim=(0, 1.02 * max(ends.values())))
-axes[1].set_xlabel("time, in tiles of keys (a colour a KV head; dashed: all work shared out evenly)")
-figure.set_label(
-    "Timelines of 132 multiprocessors. With the first rows first, long bars start late and stick out beyond the dashed "
-    "line. In our kernels' order long tiles come first, short ones fill the gaps, and all end together."
-)
-assert ends["as in our kernels"] < ends["first rows first, head by head"]
+lengths = (tiles > 0).sum(axis=1)  # key tiles that each tile of rows reads, the first rows first
+even = Q_HEADS * lengths.sum() / 132
+naive, ours = finish(np.tile(lengths, Q_HEADS)), finish(np.tile(np.repeat(lengths[::-1], group), KV_HEADS))
+print(f"head by head, first rows first: {naive / even - 1:.1%} longer than if all ended together")
+print(f"KV head by KV head, last rows first, query heads side by side: {ours / even - 1:.1%} longer")
+assert ours < naive
 
 # %% [markdown]
-# Our order does a second thing. It takes one KV head after the other, and the query heads that share it side by side.
-# So at any time the multiprocessors read the same few keys, which then stay in the chip's L2 cache.
+# The second order is our kernels'. Short tiles come last and fill the gaps. It does a second thing: at any time the
+# multiprocessors read the same few keys, which then stay in the chip's L2 cache. You will write it below.
 #
 # ## The roofline
 #
@@ -256,47 +209,34 @@ assert ends["as in our kernels"] < ends["first rows first, head by head"]
 # query head (two products, a multiplication and an addition each). At the least it reads q, k, v once and writes the
 # output once. The ratio, operations a byte, is its **intensity**. Where does the ledger put our kernels?
 
+
 # %%
-import apb
-from apb.bench.plots import newest_run, read_ledger
-
-ledger = read_ledger(Path(apb.__file__).parent.parent / "benchmarks" / "ledger.csv")
-run = newest_run(ledger, "masked_attention")
-roof = next(row.tflops for row in run if row.backend == "cublas")  # a large matrix product
-copies = [row.gbytes for row in run if row.backend == "cuda"]  # a large copy
-print(f"{run[0].device}, {run[0].date}: a large product runs at {roof:.0f} TFLOP/s")
-
-
 def intensity(shape):
     rows, columns = shape.anchor * shape.anchor_rows + shape.block, sum(shape[:3])
     moved = 2 * DIM * (2 * Q_HEADS * rows + 2 * KV_HEADS * columns)
     return 4 * DIM * Q_HEADS * mask_pairs(shape) / moved
 
 
-decode = Shape(0, columns, 1, anchor_rows=False)  # one new token and a cache
-for name, x in ((f"prefill {shape}", intensity(shape)), (f"decode, {columns} keys", intensity(decode))):
-    print(f"{name:<28} {x:>7.0f} FLOP/byte: computing is the limit if memory gives {1e3 * roof / x:,.0f} GB/s or more")
-print(f"a copy in the same run: {copies[0]:.0f} GB/s" if copies else "a copy's speed is not in this run yet")
+ledger = read_ledger(Path(apb.__file__).parent.parent / "benchmarks" / "ledger.csv")
+run = newest_run(ledger, "masked_attention")
+roof = next(row.tflops for row in run if row.backend == "cublas")  # a large matrix product
+copies = [row.gbytes for row in ledger if (row.backend, row.device) == ("cuda", run[0].device)]
+copy = max(copies, default=np.nan)
+decode = Shape(0, sum(shape[:3]), 1, anchor_rows=False)  # one new token and a cache
+print(f"{run[0].device}: a large product runs at {roof:.0f} TFLOP/s, a large copy at {copy:.0f} GB/s")
+print(f"FLOP/byte: {intensity(shape):.0f} of the prefill, {intensity(decode):.0f} of decoding with as many keys")
 
-measured = [row for row in run if "/" in row.case and row.tflops > 0]
-shapes = {}
-for case in dict.fromkeys(row.case for row in measured):
-    tokens, _, part = case.partition(", ")
-    shapes[case] = Shape(*map(int, tokens.split("/")), anchor_rows=not part)
+shapes = {str(x): intensity(x) for x in SHAPES}
 figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
 span = np.geomspace(1, 1e5)
-axis.plot(span, np.minimum(roof, span * (copies[0] / 1e3 if copies else np.inf)), "k--", label="ceiling")
-for backend in dict.fromkeys(row.backend for row in measured):
-    mine = [row for row in measured if row.backend == backend]
-    axis.plot([intensity(shapes[row.case]) for row in mine], [row.tflops for row in mine], "o-", label=backend)
-axis.axvline(intensity(decode), color="#b0578d", linestyle=":", label="decode")
-axis.set(xscale="log", xlabel="FLOP/byte", ylabel="TFLOP/s", ylim=(0, None))
-axis.set_title(f"{run[0].device}, {run[0].date}, commit {run[0].commit}", fontsize=10)
-axis.legend(fontsize=8, loc="center")
-figure.set_label(
-    "FLOP/byte across, TFLOP/s up. The prefill lies thousands of operations a byte out, under the dashed ceiling of a "
-    "large matrix product; decoding is a dotted line at the far left."
-)
+axis.plot(span, np.minimum(roof, span * copy / 1e3), "k--", label="ceiling")
+for backend in ("hopper", "triton", "fa3", "cudnn"):
+    flops, speeds = zip(*[(shapes[row.case], row.tflops) for row in run if row.backend == backend], strict=True)
+    axis.plot(flops, speeds, "o", label=f"{backend}: {min(speeds):.0f} to {max(speeds):.0f} TFLOP/s")
+axis.axvline(intensity(decode), color="gray", linestyle=":", label="decode")
+axis.set(xscale="log", xlabel="FLOP/byte", ylabel="TFLOP/s", title=f"{run[0].device}, {run[0].date}, {run[0].commit}")
+axis.legend(fontsize=8, loc="lower right")
+figure.set_label("TFLOP/s by FLOP/byte: the prefill far right, under a flat ceiling; decoding under a slope.")
 
 # %% [markdown]
 # Decoding reads each key for the few query heads of a group, so its intensity is about the group's size: memory is the
@@ -317,62 +257,16 @@ figure.set_label(
 # Q Kⱼᵀ before Pⱼ₋₁ Vⱼ₋₁, and takes the scores into the softmax while the second product runs. And two consumers take
 # turns at the tensor cores.
 #
-# Play it through. Say that a tile's two products take one unit of time together, and its softmax 0.8. (FlashAttention-3
-# estimates half a unit for the exponentials alone, arXiv 2407.08608.)
-
-# %%
-SOFTMAX, KEY_TILES = 0.8, 6
-
-
-def lanes(consumers, scores_first):
-    """Play KEY_TILES steps of each consumer; return (lane, start, length, consumer), lane 0 the tensor cores."""
-    cores_free, ready, done = 0.0, [0.0] * consumers, []
-    for j in range(KEY_TILES + 1):
-        for me in range(consumers):  # they take turns
-            start = max(cores_free, ready[me])
-            products = ["scores"] * (j < KEY_TILES) + ["values"] * (j > 0)  # Q K of this tile, P V of the one before
-            for what in products if scores_first else products[::-1]:
-                done.append((0, start, 0.5, me))
-                start += 0.5
-                if what == "scores":
-                    done.append((1 + me, start, SOFTMAX, me))
-                    ready[me] = start + SOFTMAX
-            cores_free, ready[me] = start, max(start, ready[me])
-    return done
-
-
-plans = {"one after the other": (1, False), "scores first": (1, True), "scores first, two take turns": (2, True)}
-figure, axes = plt.subplots(3, 1, figsize=(9, 4.2), sharex=True, layout="constrained", height_ratios=(2, 2, 3))
-for axis, (name, (consumers, scores_first)) in zip(axes, plans.items(), strict=True):
-    done = lanes(consumers, scores_first)
-    for lane, start, length, me in done:
-        axis.barh(
-            lane, length, left=start, color=("#4878a8", "#4f9d69")[me], edgecolor="white", alpha=0.5 if lane else 1
-        )
-    share = KEY_TILES * consumers / max(start + length for lane, start, length, _ in done if lane == 0)
-    axis.set_title(f"{name}: tensor cores busy {share:.0%} of the time", fontsize=10, loc="left")
-    axis.set_yticks(range(1 + consumers), ["tensor cores", *["softmax"] * consumers], fontsize=8)
-    axis.invert_yaxis()
-figure.set_label(
-    "Timelines of tensor cores and softmax. First they wait for each other; then the softmax starts under a product; "
-    "at last two consumers alternate, and the tensor cores have almost no gap."
-)
-
-# %% [markdown]
+# Say that a tile's two products take one unit of time together, and its softmax s. One after the other they take 1 + s,
+# and the tensor cores are busy 1 / (1 + s) of the time. With the next scores issued first, the softmax has the second
+# product, half a unit, to hide under: the tile takes max(1, ½ + s). And if another consumer's products fill what gap is
+# left, then up to s = 1½ there is none. FlashAttention-3 estimates s at half a unit for the exponentials alone (arXiv
+# 2407.08608). In the picture above *hopper* is this kernel, *triton* the one without consumers, and *fa3* is
+# FlashAttention-3 itself.
+#
 # The compiler's report gave the registers of a thread at launch. Then the fetching warp keeps 24 of them, and the
 # consumers take 240 each: 64 × 128 sums and as many scores are 128 registers a thread, before anything else.
 #
-# ## What was measured
-#
-# The roofline's points are the ledger's newest run. What is not in it has not been measured:
-
-# %%
-print(f"{run[0].device}, torch {run[0].torch}, triton {run[0].triton}, {run[0].date}, commit {run[0].commit}")
-for backend in ("triton", "hopper", "fa3", "cudnn"):
-    speeds = [f"{row.tflops:.0f} ({row.case})" for row in measured if row.backend == backend]
-    print(f"{backend:<6} TFLOP/s (anchor/passing/block): {', '.join(speeds) or 'not in this run'}")
-
-# %% [markdown]
 # ## Your turn
 #
 # A GPU only knows program numbers 0, 1, 2, …; `tiles · group · kv_heads` of them. Write the order of our kernels: KV
@@ -387,12 +281,9 @@ def locate(program, tiles, group):
 # %%
 def check(solution):
     for kv_heads, tiles, group in ((2, 3, 4), (1, 5, 1), (3, 1, 2)):
-        order = product(range(kv_heads), reversed(range(tiles)), range(group))
-        for program, expected in enumerate(order):
+        for program, expected in enumerate(product(range(kv_heads), reversed(range(tiles)), range(group))):
             found = solution(program, tiles, group)
-            assert found is not None and tuple(found) == expected, (
-                f"{tiles} tiles, groups of {group}: program {program} has KV head, tile, member {expected}, not {found}"
-            )
+            assert found == expected, f"{tiles} tiles, groups of {group}: program {program} is {expected}, not {found}"
     return "Right."
 
 

@@ -28,7 +28,6 @@ import apb
 from apb import reference
 from apb.testing.tolerance import eager_attention
 
-plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "legend.fontsize": 8}
 TILE = 16
 
 
@@ -86,9 +85,7 @@ def errors(attend, q, k, v, anchor, passing):
 for dtype in ROUNDOFF:
     error, allowed = errors(fast, *draw(0, 20, 20, 60, dtype=dtype), 20, 20)
     assert (error <= allowed).all()
-    print(
-        f"{dtype}: the worst row errs by {error.max():.4f}; rows may err by {allowed.min():.4f} to {allowed.max():.4f}"
-    )
+    print(f"{dtype}: no row errs by more than {error.max():.4f}; allowed: {allowed.min():.4f} to {allowed.max():.4f}")
 
 # %% [markdown]
 # What is fine in bfloat16 is a mistake in float16, and what is fine in one row is a mistake in another. So no single
@@ -135,16 +132,10 @@ figure, axes = plt.subplots(figsize=(8, 3.4), layout="constrained")
 for name, attend in {"right": fast, **BUGS}.items():
     factors = [0.03, 0.06, 0.12, 0.25, 0.5, 1, 2, 4, 8]
     pairs = [errors(attend, *draw(0, 0, 200, 60, peaked=factor), 0, 200) for factor in factors]
-    axes.loglog(
-        factors,
-        [float((error / allowed).max()) for error, allowed in pairs],
-        ".-",
-        color="#444444" if attend is fast else None,
-        label=name,
-    )
+    axes.loglog(factors, [float((error / allowed).max()) for error, allowed in pairs], ".-", label=name)
 axes.axhspan(1e-3, 1, color="#4f9d69", alpha=0.12, linewidth=0)
 axes.set(xlabel="size of the scores (standard deviation)", ylabel="worst row:\nerror / allowed", ylim=(1e-3, None))
-axes.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))
+axes.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False, fontsize=8)
 figure.set_label(
     "Right code errs little at any size of scores. Two bugs pass while scores are small, one never passes."
 )
@@ -162,58 +153,39 @@ figure.set_label(
 # the tensors themselves, whose thousands of numbers it could not make simpler.
 
 # %%
-attempts, PHASES = [], (hypothesis.Phase.generate, hypothesis.Phase.shrink)
+PHASES = hypothesis.Phase.generate, hypothesis.Phase.shrink
+SETTINGS = hypothesis.settings(max_examples=40, deadline=None, derandomize=True, phases=PHASES, print_blob=False)
 
 
 def equals_the_reference(attend):
-    @hypothesis.settings(
-        max_examples=40, deadline=None, database=None, derandomize=True, phases=PHASES, print_blob=False
-    )
+    @SETTINGS
     @hypothesis.given(st.integers(0, 40), st.integers(0, 40), st.integers(1, 40), st.integers(0, 2**31))
     def law(anchor, passing, block, seed):
         error, allowed = errors(attend, *draw(seed, anchor, passing, block), anchor, passing)
-        holds = bool((error <= allowed).all())
-        attempts.append((anchor + passing + block, holds))
-        assert holds, f"row {int((error / allowed).argmax()) % (anchor + block)} is wrong"
+        assert (error <= allowed).all(), f"row {int((error / allowed).argmax()) % (anchor + block)} is wrong"
 
     law()
 
 
 equals_the_reference(fast)
-print(f"right: {len(attempts)} inputs, no complaint")
-histories = {}
+smallest = {}
 for name, bug in BUGS.items():
-    attempts.clear()
     try:
         equals_the_reference(bug)
     except AssertionError as error:
-        histories[name] = list(attempts)
+        smallest[name] = "".join(error.__notes__)
         print(f"\n{name}: {error}", *error.__notes__, sep="\n")
-assert len(histories) == len(BUGS)
+assert all(f"block={size}," in note for note, size in zip(smallest.values(), (TILE + 1, 1, 2), strict=True))
 
 # %% [markdown]
 # These are not the inputs that Hypothesis hit upon first. Having found one, it makes it smaller as long as the law
-# stays broken: it **shrinks** it. What remains says where to look:
+# stays broken: it **shrinks** it. The seed is 0 and nearly all lengths are. What remains says where to look:
 #
 # - *sums never shrink*: 17 keys in all, and a tile holds 16. So the fault lies in the step from the first tile to the
 #   second.
 # - *the block's first row …*: one passed token, one token in the block. So that token does not see what was passed.
 # - *one key too many*: a block of two tokens, and the first is wrong. So it sees the second.
-
-# %%
-history = histories["sums never shrink"]
-assert history[-1] == (TILE + 1, False)
-figure, axes = plt.subplots(figsize=(8, 3), layout="constrained")
-for holds, colour, says in ((True, "#9fb8d0", "the law holds"), (False, "#b0578d", "the law is broken")):
-    tries = [(x, keys) for x, (keys, held) in enumerate(history, 1) if held == holds]
-    axes.plot(*zip(*tries, strict=True), "o", color=colour, label=says)
-axes.axhline(TILE, color="#444444", linewidth=0.8, linestyle=":", label="one tile")
-axes.set(xlabel="input tried", ylabel="number of keys", ylim=(0, None))
-axes.legend()
-figure.set_label("Inputs by number of keys: those that break the law get fewer, down to just above one tile, 16.")
-
-
-# %% [markdown]
+#
 # ## Who notices what?
 #
 # Four tests against three bugs. The first is a benchmark's: hide a *needle* in the passing block, a key that the last
