@@ -1,14 +1,25 @@
 """Choose where to run and in which precision, from what a user has said; say whether Triton's kernels run there."""
 
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-__all__ = ["DTYPES", "TRITON_INSTALLED", "pick_device", "pick_dtype", "why_not_triton"]
+__all__ = ["DTYPES", "GLUON_INSTALLED", "TRITON_INSTALLED", "pick_device", "pick_dtype", "why_not_triton"]
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
 
 TRITON_INSTALLED = find_spec("triton") is not None
 """Triton has no wheels outside Linux."""
+GLUON_INSTALLED = _version("triton").startswith("3.6.")
+"""Gluon, which the Hopper kernel is written in, is an experimental part of Triton: only the version tested is taken."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

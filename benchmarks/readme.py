@@ -25,22 +25,23 @@ def speed() -> str:
     for case, tokens in CASES.items():
         lines.append(f"| {tokens} | {' | '.join(rate[case, kernel] for kernel in KERNELS)} |")
     run = rows[0]
-    lines.append(f"\nMeasured on one {run.device}, torch {run.torch}, triton {run.triton}, {run.date[:10]}.")
+    versions = f"torch {run.torch}, triton {run.triton}"
+    lines.append(f"\nMeasured on one {run.device}, {versions}, {run.date[:10]}, commit {run.commit}.")
     return "\n".join(lines)
 
 
 def quality() -> str:
     """Lay out mean scores by method, at the lengths and numbers of hosts at which all eight tasks were asked."""
-    records, labels, (run, *_) = quality_ledger.read_ledger(HERE / "quality.csv")
+    records, labels, (run,) = quality_ledger.read_ledger(HERE / "quality.csv")
     kept = [r for r in records if "+" in r.model and r.length > 2048 and r.method in METHODS]
     sections = make_report(kept, labels=labels, resamples=10).sections
     head = [f"{section.length // 1024}K, {section.hosts} hosts" for section in sections]
     lines = [f"| mean score, % | {' | '.join(head)} |", "| --- |" + " --: |" * len(head)]
     for method in METHODS:
-        rows = (dict(zip(section.head(), row, strict=True)) for section in sections for row in section.rows())
-        cells = [labels[method], *(row["mean"] for row in rows if row["method"] == labels[method])]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines.append(f"\nMeasured on one {run['device']}, {run['date'][:10]}.")
+        found = [[line.mean for line in section.lines if line.method == method] for section in sections]
+        means = [f"{100 * mean.value:.1f}" if mean else "–" for mean, *_ in (each or [None] for each in found)]
+        lines.append(f"| {labels[method]} | {' | '.join(means)} |")
+    lines.append(f"\nMeasured on one {run['device']}, {run['date'][:10]}, commit {run['commit']}.")
     return "\n".join(lines)
 
 

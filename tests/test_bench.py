@@ -3,7 +3,9 @@
 import csv
 import itertools
 import math
+from collections import Counter
 from dataclasses import fields, replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -91,12 +93,21 @@ def test_a_call_that_fails_later_has_no_part_in_later_rounds(bench):
     assert len(tried) == 7
 
 
-def test_each_round_begins_with_another_call(monkeypatch):
+@pytest.mark.parametrize("count", range(2, 10))
+def test_none_comes_right_behind_the_same_one_in_most_rounds(monkeypatch, count):
     order = []
     monkeypatch.setattr(measure, "_event_ms", lambda call, repeats, warm=0: [call()] * (repeats if warm else 1))
-    calls = {name: lambda name=name: order.append(name) or 1.0 for name in "abc"}
+    calls = {str(number): lambda number=number: order.append(number) or 1.0 for number in range(count)}
     time_in_turns(calls, repeats_ms=5)
-    assert "".join(order[6:]) == "abcbcacababcbca"  # behind the first calls and the estimates
+    turns = order[2 * count :]  # behind the first calls and the estimates
+    rounds = [turns[start : start + count] for start in range(0, len(turns), count)]
+    assert len(rounds) == 5 and all(sorted(one) == list(range(count)) for one in rounds)
+    within = Counter(pair for one in rounds for pair in pairwise(one))
+    assert max(within.values()) <= (3 if count == 2 else 2)  # of five rounds; two can only alternate
+    assert (
+        max(Counter(pairwise(turns)).values()) <= 3
+    )  # the end of one round and the beginning of the next counted, too
+    assert len({one[0] for one in rounds}) >= min(count, 3)
 
 
 @given(st.lists(st.floats(0.5, 50), min_size=2, max_size=6), st.floats(-0.9, 0.9), st.floats(0.2, 5))

@@ -134,8 +134,12 @@ def test_times_and_their_rows(capsys):
         gathers=Timing(2.0, 2.0, 2.0), exposed=Timing(0.5, 0.25, 0.5),
     )  # fmt: skip
     rows = report(ENV, "overlap", "zigzag", 512, 2, times, flop=5e12)
-    assert [(row.backend, row.ms) for row in rows] == [("layer", 10.0), ("compute alone", 9.0), ("send alone", 4.0)]
+    assert [(row.backend, row.ms) for row in rows] == [
+        ("layer", 10.0), ("compute alone", 9.0), ("send alone", 4.0), ("longer", 1.0), ("gathers", 2.0),
+        ("exposed", 0.5),
+    ]  # fmt: skip
     assert (rows[0].low_ms, rows[0].high_ms, rows[0].tflops) == (9.5, 11.0, 500.0) and math.isnan(rows[1].tflops)
+    assert (rows[3].low_ms, rows[3].high_ms) == (0.5, 1.25) and "96 %" in rows[3].notes and math.isnan(rows[3].tflops)
     assert {row.case for row in rows} == {"zigzag 512 on 2"} and times.hidden == 0.75
     said = "longer for its sending by 1.000 (0.500 – 1.250) ms; 75% of 2.000 ms of gathers hidden"
     assert rows[0].notes.endswith(said) and said in capsys.readouterr().out and not rows[1].notes
@@ -225,9 +229,10 @@ def test_ring_on_two_processes(monkeypatch):
 @pytest.mark.skipif(torch.cuda.device_count() > 1, reason="there it is measured on the GPUs: tests/gpu")
 def test_on_two_processes_of_a_cpu(tmp_path, capsys):
     rows = overlap.run(quick=True, out=tmp_path / "ledger.csv", heads=SMALL, tokens=(512, 1024), hosts=2)
-    assert [row.case for row in rows[::3]] == [f"{layout} 512 on 2" for layout in overlap.LAYOUTS]
-    assert all(row.ms > 0 for row in rows) and all(row.tflops > 0 for row in rows[::3])
-    assert len(read_ledger(tmp_path / "ledger.csv")) == len(rows) == 9
+    assert [row.case for row in rows[::4]] == [f"{layout} 512 on 2" for layout in overlap.LAYOUTS]
+    assert all(row.ms > 0 for row in rows if row.backend != "longer") and all(row.tflops > 0 for row in rows[::4])
+    assert {row.backend for row in rows} == {"layer", "compute alone", "send alone", "longer"}  # a CPU is not traced
+    assert len(read_ledger(tmp_path / "ledger.csv")) == len(rows) == 12
     printed = capsys.readouterr().out
     assert "4/2 heads of 16, fp32" in printed and "balanced     512" in printed
     assert not (tmp_path / "overlap_trace.csv").exists()  # a CPU has no kernels

@@ -31,10 +31,6 @@ def case(name, tokens=1024, hosts=2, **changes):
     return Case(method=found.make(), dtype=torch.float32, **(settings | changes))
 
 
-def quiet(text):
-    pass
-
-
 def run_rows(*arguments, known=(), mode="counted", hosts=2, repeats=1, **more):
     """Run and return the rows, in the order in which they came, and what was said."""
     rows, said = [], []
@@ -150,9 +146,8 @@ def test_phases_go_into_the_papers_columns():
 
 @pytest.mark.parametrize("name", ["flash", "ring", "apb-balanced", "spava"])
 def test_measured_rows_are_whole(name):
-    one = case(name)
-    row = measured.run_one(one, repeats=2, on_progress=quiet)
-    check_row(row, "measured", one.hosts)
+    (row,), _ = run_rows("tiny", [1024], [name], mode="measured", repeats=2)
+    check_row(row, "measured", 1 if name == "flash" else 2)
     assert "2 repeats" in row.notes
 
 
@@ -246,6 +241,20 @@ def test_rows_are_known_by_backend_precision_and_link():
     assert {(row.backend, row.link, row.dtype) for row in run_rows(*asked)[0]} == {("", "", "bfloat16")}
     cuda = cases("tiny", [512], [2], ["apb", "apb:backend=hopper"], "simulated", LINK, device=CPU)
     assert [found.backend for found in cuda] == ["sdpa", "hopper"] and {found.link for found in cuda} == {str(LINK)}
+
+
+def test_lists_of_tiles_are_not_said_to_run_in_a_kernel_that_has_none(monkeypatch):
+    """Nor are short documents, which MInference attends to exactly, said to run in the lists' one."""
+    monkeypatch.setattr(run, "choose_backend", lambda q: "hopper")
+    names = ["flash", "minference", "minference:dense_below=64", "minference:backend=hopper", "minference:backend=sdpa"]
+
+    def backends(tokens, **more):
+        found = cases("llama-3.1-8b", [tokens], [2], names, "simulated", None, device=CPU, **more)
+        return [case.backend for case, _ in found.values()]
+
+    assert backends(8192) == ["hopper", "hopper", "triton", "hopper", "sdpa"]
+    assert backends(16384) == ["hopper", "triton", "triton", "triton", "sdpa"]
+    assert backends(16384, backend="flex") == ["flex", "triton", "triton", "triton", "sdpa"]
 
 
 @pytest.mark.parametrize("mode", ["counted", "simulated"])

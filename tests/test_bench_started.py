@@ -10,7 +10,7 @@ import pytest
 import torch
 from prefill_cases import CPU
 
-from apb.bench.prefill import measured
+from apb.bench.prefill import measured, run
 from apb.bench.prefill.methods import PRESETS
 from apb.bench.prefill.run import cases, run_prefill
 from apb.bench.prefill.started import run_telling
@@ -101,3 +101,26 @@ def test_what_goes_wrong_while_hosts_tell():
 
     with pytest.raises(OSError, match="disk full"):  # and what tells it is ended
         run_telling(1, body, on_item=full, backend="gloo", timeout_s=20)
+
+
+class Unreadable:
+    """Is written without a fault, and not read."""
+
+    def __reduce__(self):
+        return int, ("no number",)
+
+
+def test_what_hosts_tell_and_cannot_be_read_is_raised():
+    try:
+        came = run_telling(
+            1, lambda host, tell: tell(Unreadable()), on_item=lambda item: None, backend="gloo", timeout_s=20
+        )
+    except ValueError as error:
+        came = error
+    assert "no number" in str(came)
+
+
+def test_hosts_that_end_without_a_row_and_without_an_error_end_the_run(monkeypatch):
+    monkeypatch.setattr(run, "run_telling", lambda count, serve, **_: None)
+    with pytest.raises(RuntimeError, match=r"hosts: 2 of them ended .* without a row of star at 512 tokens"):
+        run_rows(["star", "ape"], 2)

@@ -1,5 +1,6 @@
 """`apb bench` as a user calls it: the engine stands in where what matters is what is around it."""
 
+import re
 import types
 
 import pytest
@@ -76,10 +77,8 @@ def test_what_is_asked_for_reaches_the_engine(engine, capsys):
     }  # fmt: skip
     printed = capsys.readouterr()
     assert "yi-34b, 1M tokens, 2 hosts, simulated" in printed.out and "yi-34b, 77 tokens, 4 hosts" in printed.out
-    assert (
-        "[1/10] flash, under way" in printed.err
-        and "[10/10] spava, 1K tokens, 8 hosts: 7.00 ms (in 0.0 s)" in printed.err
-    )
+    assert "[1/10] flash, under way" in printed.err
+    assert re.search(r"\[10/10\] spava, 1K tokens, 8 hosts: 7\.00 ms \(in \d+\.\d s\)", printed.err)
 
 
 def test_a_run_goes_on_where_its_ledger_ends(engine, capsys, tmp_path):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from apb.attend import choose_backend, masked_attention
+from apb.attend import check, choose_backend, masked_attention
 from apb.reference import apb_mask
 
 BACKENDS = ["reference", "sdpa", "flex"]  # triton: test_masked_flash_kernel.py
@@ -125,7 +125,30 @@ def test_a_lost_gradient_is_an_error():
         masked_attention(x, x, x, anchor_tokens=0, passing_tokens=0, backend="sdpa")
 
 
-@pytest.mark.parametrize("backend", ["triton", "hopper"])
+def test_auto_takes_the_hopper_kernel_where_it_can(monkeypatch):
+    hopper = pytest.importorskip("apb.kernels.hopper")
+    capability = (9, 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    with FakeTensorMode():
+        takes = {
+            (dtype, dim): choose_backend(torch.empty(1, 1, 1, dim, dtype=dtype, device="cuda"))
+            for dtype in (torch.bfloat16, torch.float16, torch.float32)
+            for dim in (64, 96, 128, 256)
+        }
+        taken = {key for key, backend in takes.items() if backend == "hopper"}
+        assert taken == {(dtype, dim) for dtype in (torch.bfloat16, torch.float16) for dim in hopper.DIMS}
+        assert set(takes.values()) == {"hopper", "triton"}
+        q = torch.empty(1, 1, 1, 64, dtype=torch.float16, device="cuda")
+        assert choose_backend(q, ("reference", "sdpa", "triton")) == "triton"
+        monkeypatch.setattr(check, "GLUON_INSTALLED", False)
+        assert choose_backend(q) == "triton"
+        monkeypatch.undo()
+        capability = (8, 0)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        assert choose_backend(q) == "triton"
+
+
+@pytest.mark.parametrize("backend", ["triton", "hopper", "auto"])
 def test_traced_whole_up_to_the_kernel(backend, monkeypatch):
     """On CUDA tensors that are not there, so without a GPU too: one graph for all lengths, with the operator in it."""
     pytest.importorskip("triton")
@@ -146,5 +169,5 @@ def test_traced_whole_up_to_the_kernel(backend, monkeypatch):
             k = torch.empty(1, 2, anchor + passing + block, 64, dtype=torch.float16, device="cuda")
             out, lse = compiled(q, k, anchor, passing)
             assert (out.shape, out.dtype, lse.shape, lse.dtype) == (q.shape, q.dtype, q.shape[:3], torch.float32)
-    operator = "hopper_flash" if backend == "hopper" else "masked_flash"
+    operator = "masked_flash" if backend == "triton" else "hopper_flash"
     assert len(graphs) == 1 and graphs[0].count(f"torch.ops.apb.{operator}") == 1

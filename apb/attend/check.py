@@ -1,13 +1,13 @@
 """The arguments of every attention of this package, checked once and for all backends."""
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from apb.device import TRITON_INSTALLED
+from apb.device import GLUON_INSTALLED, TRITON_INSTALLED
 
 __all__ = ["DIFFERENTIABLE", "Backend", "check_inputs", "choose_backend"]
 
@@ -24,18 +24,22 @@ _DTYPES = {
     "hopper": (torch.float16, torch.bfloat16),
 }
 
+_HOPPER_DIMS = (64, 128)
 
-def choose_backend(q: Float[Tensor, "batch q_heads rows dim"]) -> Backend:
+
+def choose_backend(
+    q: Float[Tensor, "batch q_heads rows dim"], legal: tuple[Backend, ...] = get_args(Backend)
+) -> Backend:
     """Name the backend that "auto" takes: hopper where it can, triton on CUDA, sdpa elsewhere, reference in float64.
 
-    Where an attention has no such kernel as hopper's, "auto" takes triton; where a gradient is wanted and the backend
-    has none, reference.
+    `legal` are those that an attention has: sparse attention, and decoding with few rows, have no Hopper kernel. Where
+    a gradient is wanted and the backend has none, "auto" takes reference.
     """
     if q.dtype == torch.float64:
         return "reference"
     if not (q.is_cuda and TRITON_INSTALLED):
         return "sdpa"
-    return "triton" if _hopper_refusal(q) else "hopper"
+    return "triton" if "hopper" not in legal or _hopper_refusal(q) else "hopper"
 
 
 def check_inputs(
@@ -75,9 +79,7 @@ def check_inputs(
         raise ValueError(f"scale must be a positive number, got {scale}; leave it out for 1/√dim")
     if not 16 <= dim <= 256:
         raise ValueError(f"the head dim must be 16..256, got {dim} (q {list(q.shape)})")
-    chosen = choose_backend(q) if backend == "auto" else backend
-    if backend == "auto" and chosen == "hopper" and "hopper" not in legal:
-        chosen = "triton"
+    chosen = choose_backend(q, legal) if backend == "auto" else backend
     wants_gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if backend == "auto" and wants_gradient and chosen not in differentiable and "reference" in differentiable:
         chosen = "reference"
@@ -101,13 +103,11 @@ def _hopper_refusal(q: Tensor) -> str | None:
     """Say why the Hopper kernel cannot take q, or None if it can."""
     if not q.is_cuda or torch.cuda.get_device_capability(q.device) != (9, 0):
         return f"needs a Hopper GPU (compute capability 9.0), got a tensor on {q.device}"
-    try:
-        from apb.kernels.hopper import DIMS  # torch.compile traces this, and no import_module
-    except (ImportError, AttributeError) as error:
-        return f"needs the Gluon of Triton 3.6 ({type(error).__name__}: {error})"
+    if not GLUON_INSTALLED:
+        return "needs Triton 3.6, whose Gluon it is written in"
     if q.dtype not in _DTYPES["hopper"]:
         return f"takes float16 and bfloat16, got {q.dtype}"
-    return None if q.shape[-1] in DIMS else f"takes head dims {' and '.join(map(str, DIMS))}, got {q.shape[-1]}"
+    return None if q.shape[-1] in _HOPPER_DIMS else f"takes head dims 64 and 128, got {q.shape[-1]}"
 
 
 def _check_triton(q: Tensor) -> None:

@@ -26,9 +26,10 @@ Transport = Literal["gloo", "nccl"]
 """Who carries the messages."""
 
 _REPEATS = 15
-_REST = 3  # the median lies between what is left of 15 values without the 3 least and the 3 greatest, with 96 %
+_LEFT_OUT = 3  # the median lies between what is left of 15 values without the 3 least and the 3 greatest, with 96 %
 _TRACES = 5
-_NONE = Timing(math.nan, math.nan, math.nan)
+_NOT_TRACED = Timing(math.nan, math.nan, math.nan)
+_PARTS = ("layer", "compute alone", "send alone", "longer", "gathers", "exposed")  # of `Times`, in the ledger
 
 
 class Heads(NamedTuple):
@@ -57,8 +58,8 @@ class Times(NamedTuple):
     compute: Timing
     send: Timing
     longer: Timing
-    gathers: Timing = _NONE
-    exposed: Timing = _NONE
+    gathers: Timing = _NOT_TRACED
+    exposed: Timing = _NOT_TRACED
 
     @property
     def hidden(self) -> float:
@@ -120,7 +121,7 @@ def time_layer(
     """
     layers, alone, sends = slowest_ms([layer, silent, send], host)
     pairs = sorted(one - other for one, other in zip(layers, alone, strict=True))
-    longer = Timing(statistics.median(pairs), pairs[_REST], pairs[-1 - _REST])
+    longer = Timing(statistics.median(pairs), pairs[_LEFT_OUT], pairs[-1 - _LEFT_OUT])
     times = Times(Timing.of(layers), Timing.of(alone), Timing.of(sends), longer)
     looks = range(_TRACES if host.device.type == "cuda" else 0)
     traces = [spans for _ in looks if (spans := profile(layer, host, rank=host.world_size - 1))]
@@ -159,7 +160,7 @@ def print_head(env: Environment, hosts: int, transport: Transport, heads: Heads)
 def report(
     env: Environment, benchmark: str, layout: str, tokens: int, hosts: int, times: Times, flop: float
 ) -> list[Row]:
-    """Print a line, and return the rows of it.
+    """Print a line, and return the rows of it, one for each of `Times` that there is.
 
     Args:
         env: of the run.
@@ -172,11 +173,16 @@ def report(
     whole = " ".join(f"{t.ms:8.3f} {f'{t.low_ms:.2f} – {t.high_ms:.2f}':>17}" for t in (times.layer, times.compute))
     parts = " ".join(f"{t.ms:8.3f}" for t in (times.send, times.gathers, times.exposed))
     print(f"{layout:>10} {tokens:>7} {whole} {parts} {times.hidden:7.0%} {tflops:8.0f}  {times.notes}", flush=True)
-    case, rows = f"{layout} {tokens} on {hosts}", []
-    for backend, timing in zip(("layer", "compute alone", "send alone"), times[:3], strict=True):
-        rate, notes = math.nan, ""
-        if backend == "layer":
-            rate, notes = tflops, f"TFLOP/s of all hosts together; {times.notes}"
-        rows.append(Row(**env, benchmark=benchmark, case=case, backend=backend, **timing._asdict(),
-                        tflops=rate, notes=notes))  # fmt: skip
-    return rows
+    said = {
+        "layer": f"TFLOP/s of all hosts together; {times.notes}",
+        "longer": "layer less compute alone, in pairs; between low_ms and high_ms lies the median, with 96 %",
+        "gathers": f"on the last host, in {_TRACES} traces",
+        "exposed": f"on the last host, in {_TRACES} traces",
+    }
+    case = f"{layout} {tokens} on {hosts}"
+    return [
+        Row(**env, benchmark=benchmark, case=case, backend=backend, **timing._asdict(),
+            tflops=tflops if backend == "layer" else math.nan, notes=said.get(backend, ""))
+        for backend, timing in zip(_PARTS, times, strict=True)
+        if not math.isnan(timing.ms)
+    ]  # fmt: skip

@@ -8,6 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from apb.device import GLUON_INSTALLED
+
 __all__ = ["add_arguments", "run"]
 
 
@@ -58,7 +60,7 @@ def _triton() -> str:
 def _hopper() -> str:
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         return "no: no Hopper GPU (compute capability 9.0)"
-    return _triton()
+    return _triton() if GLUON_INSTALLED else "no: not Triton 3.6, whose Gluon it is written in"
 
 
 def _nccl(gpus: int) -> str:

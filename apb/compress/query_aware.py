@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from einops import einsum
+from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -50,8 +50,8 @@ def mean_logits(
     Raises:
         ValueError: a backend that cannot run here.
     """
-    groups = query.unflatten(1, (k.shape[1], -1))
-    question = groups.mean((2, 3), dtype=torch.float32)
+    groups = rearrange(query, "b (h g) l d -> b h g l d", h=k.shape[1])
+    question = groups.mean((2, 3), dtype=torch.float32)  # einops' reduce would need a float32 copy first
     if choose_backend(backend, k, question) == "triton":
         from apb.kernels.score import score_keys
 

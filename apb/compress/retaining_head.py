@@ -109,11 +109,13 @@ def find_heads(path: str | Path) -> Path:
     Raises:
         FileNotFoundError: no such file.
     """
-    path = Path(path)
-    if not path.exists() and str(path) in PACKAGED:
+    path = Path(path).expanduser()
+    if not path.is_file() and str(path) in PACKAGED:
         path = Path(__file__).parents[1] / "data" / "heads" / path / "heads.safetensors"
     if not path.is_file():
-        raise FileNotFoundError(f"retaining heads: no file at {path}; expected one, or {' or '.join(PACKAGED)}")
+        raise FileNotFoundError(
+            f"retaining heads: no file at {path}; expected one, or the name of packaged heads: {', '.join(PACKAGED)}"
+        )
     return path
 
 

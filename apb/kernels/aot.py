@@ -50,7 +50,7 @@ __all__ = [
     "what",
 ]
 
-SHARED_BYTES_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED_BYTES_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Shared memory that one program may take, by compute capability × 10."""
 
 
@@ -91,7 +91,7 @@ def compile_kernel(
         types: Triton type of each argument that is no constant, such as "*bf16", "fp32" or
             "tensordesc<bf16[1, 1, 64, 128]>"; a name left out is an i32.
         constants: value of each tl.constexpr argument, and of arguments that specialise to 1.
-        capability: 80, 90 or 100.
+        capability: 80, 86, 90 or 100.
         warps: warps of a program.
         stages: stages of the software pipeline.
 
@@ -161,7 +161,7 @@ def report_masked_flash(dtype: torch.dtype, dim: int, capability: int, *, tma: b
 
 def report_decode(dtype: torch.dtype, dim: int, packed_rows: int, capability: int) -> Report:
     """Compile the split-KV kernel for a number of rows · heads of a group."""
-    tiles = decode.choose_tiles(dtype, dim, packed_rows)
+    tiles = decode.choose_tiles(dtype, dim, packed_rows, divmod(capability, 10))
     name, block_d = TRITON_NAME[dtype], triton.next_power_of_2(dim)
     kept_rows, merged_rows, parts = decode.split_shape(packed_rows, tiles.block_m, block_d)
     types = {x: f"*{name}" for x in ("q", "k", "v", "out")} | {"lse": "*fp32", "partials": "*fp32", "lengths": "*i32"}

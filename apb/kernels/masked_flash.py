@@ -203,7 +203,7 @@ def launch(
 def _masked_flash(
     q: Tensor, k: Tensor, v: Tensor, anchor_tokens: int, passing_tokens: int, scale: float, causal: bool = True
 ) -> tuple[Tensor, Tensor]:
-    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (0, 0)
+    capability = tile_capability(q)
     tiles = choose_tiles(q.dtype, q.shape[-1], capability, tma=tma_can_read(k) and tma_can_read(v))
     return launch(q, k, v, anchor_tokens, passing_tokens, scale, tiles, causal)
 
@@ -239,6 +239,15 @@ def masked_flash(
     gradients: `masked_flash_backward`.
     """
     return _masked_flash(q, k, v, anchor_tokens, passing_tokens, scale, causal)
+
+
+def tile_capability(x: Tensor) -> tuple[int, int]:
+    """Return the compute capability whose tiles fit x's device; (0, 0) under the interpreter.
+
+    Consumer GPUs of capability 12 have neither sm_90's tensor cores nor its shared memory: sm_86's tiles fit them.
+    """
+    capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else (0, 0)
+    return (8, 6) if capability[0] == 12 else capability
 
 
 def tma_can_read(x: Tensor) -> bool:

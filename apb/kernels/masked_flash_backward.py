@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .masked_flash import Tiles, tma_can_read
+from .masked_flash import Tiles, tile_capability, tma_can_read
 from .masked_flash_backward_kernels import grad_keys_kernel, grad_queries_kernel
 
 __all__ = ["choose_tiles", "delta_kernel", "launch", "masked_flash_backward"]
@@ -30,7 +30,7 @@ _DELTA_ELEMENTS = 4096  # of one program that computes D
 _TILES = {
     "keys": {
         "float32": (Tiles(16, 32, 8, 1, 1), Tiles(16, 32, 8, 1, 1), Tiles(16, 16, 16, 1, 1)),
-        "sm_80": (Tiles(32, 128, 8, 2, 2), Tiles(64, 64, 8, 3, 2), Tiles(32, 64, 8, 2, 2)),
+        "sm_80": (Tiles(32, 128, 8, 2, 2), Tiles(64, 64, 8, 2, 2), Tiles(32, 64, 8, 2, 2)),
         "sm_90": (Tiles(64, 128, 8, 3, 2), Tiles(32, 128, 8, 3, 2), Tiles(64, 32, 8, 2, 2)),
         "sm_90 tma": (Tiles(64, 128, 8, 3, 2), Tiles(64, 64, 4, 2, 2), Tiles(64, 32, 8, 2, 2)),
         "sm_100": (Tiles(64, 128, 8, 2, 2), Tiles(64, 64, 8, 2, 2), Tiles(32, 64, 8, 2, 2)),
@@ -147,7 +147,7 @@ def masked_flash_backward(
     anchor_tokens: int, passing_tokens: int, scale: float, causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Compute the gradients of q, k and v from those of the output and the LSE of `masked_flash`."""
-    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (0, 0)
+    capability = tile_capability(q)
     key_tiles, query_tiles = (
         choose_tiles(gradient, q.dtype, q.shape[-1], capability, tma=all(tma_can_read(x) for x in streamed))
         for gradient, streamed in (("keys", (q, grad_out)), ("queries", (k, v)))

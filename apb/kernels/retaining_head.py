@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .masked_flash import tma_can_read
+from .masked_flash import tile_capability, tma_can_read
 
 __all__ = ["Tiles", "choose_tiles", "launch", "retaining_head_kernel", "retaining_head_scores"]
 
@@ -139,7 +139,7 @@ def retaining_head_scores(q: Tensor, k: Tensor, v: Tensor, fc1: Tensor, fc2: Ten
     fc1 [width, (q_heads + 2 · kv_heads) · dim] and fc2 [kv_heads, width] are contiguous; all share a dtype.
     Needs at least one token.
     """
-    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (0, 0)
+    capability = tile_capability(q)
     tma = all(map(tma_can_read, (q, k, v))) and tma_can_read(fc1.view(fc1.shape[0], -1, q.shape[3]))
     tiles = choose_tiles(q.dtype, fc1.shape[0], q.shape[3], capability, tma=tma)
     return launch(q, k, v, fc1, fc2, tiles)

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .masked_flash import tma_can_read
+from .masked_flash import tile_capability, tma_can_read
 
 __all__ = ["TILE", "Tiles", "choose_tiles", "launch", "sparse_flash", "vertical_slash_kernel"]
 
@@ -212,7 +212,7 @@ def _sparse_flash(
     q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, tile_counts: Tensor, columns: Tensor, column_counts: Tensor,
     covered: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (0, 0)
+    capability = tile_capability(q)
     cut = choose_tiles(q.dtype, q.shape[-1], capability, tma=tma_can_read(k) and tma_can_read(v))
     return launch(q, k, v, tiles, tile_counts, columns, column_counts, covered, scale, cut)
 

@@ -93,8 +93,8 @@ BUGS = (
     Bug(
         name="query head h belongs to KV head h % kv_heads",
         file="compress/query_aware.py",
-        old="b (h g) l d -> b h d",
-        new="b (g h) l d -> b h d",
+        old="b (h g) l d -> b h g l d",
+        new="b (g h) l d -> b h g l d",
         tests="tests/test_compress.py -k 'formula and query-aware'",
     ),
     Bug(

@@ -7,7 +7,8 @@ import warnings
 import pytest
 import torch
 
-from apb.bench import backward, decode, kernel
+from apb.attend import choose_backend
+from apb.bench import backward, decode, kernel, sparse
 from apb.bench.measure import Bench, Timing, time_in_turns
 from apb.bench.prefill.run import run_prefill
 
@@ -47,6 +48,29 @@ def test_a_peer_without_memory_is_noted_and_the_others_go_on():
 
     found = time_in_turns({"greedy": greedy, "product": product()}, graph=["greedy"], repeats_ms=50)
     assert str(found["greedy"]).startswith("OutOfMemoryError") and isinstance(found["product"], Timing)
+
+
+def test_an_index_is_made_in_a_graph():
+    """Nothing in it waits for the device; what is replayed is what is made without one, and on the GPU no slower."""
+    q, k, _ = sparse._draw(8192, *sparse.GROUPS[-1])
+    made = []
+    calls = {name: lambda: made.append(sparse.LLAMA.index(q, k)) for name in ("graph", "eager")}
+    found = time_in_turns({"graph": calls["graph"]}, graph=calls, repeats_ms=50)
+    eager = time_in_turns({"eager": calls["eager"]}, repeats_ms=50)
+    graphed, plain = made[3], made[-1]  # behind three calls that warm up, the one that is captured
+    assert isinstance(found["graph"], Timing), found
+    assert torch.equal(graphed.tiles, plain.tiles) and torch.equal(graphed.columns, plain.columns)
+    assert found["graph"].ms < 1.1 * eager["eager"].ms, (found, eager)
+
+
+def test_exact_attention_is_there_by_every_kernel_of_ours(monkeypatch):
+    monkeypatch.setattr(sparse, "CROSSOVER_TOKENS", (2048,))
+    monkeypatch.setattr(sparse, "GROUPS", ((4, 1),))
+    rows = [row for row in sparse.run(quick=True) if row.backend != "fa3"]
+    auto = choose_backend(torch.empty(1, 1, 1, sparse.DIM, device="cuda", dtype=torch.bfloat16))
+    assert all(row.ms > 0 for row in rows), [(row.case, row.backend, row.notes) for row in rows]
+    assert {row.backend for row in rows if row.case == "crossover 2048"} == {"triton", auto}
+    assert all(row.notes.endswith(f"× {auto}") for row in rows if row.backend == "index+sparse")
 
 
 def test_ceilings(capsys):

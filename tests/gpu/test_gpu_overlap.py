@@ -79,7 +79,7 @@ def test_the_overlap_benchmark(tmp_path):
     pytest.importorskip("matplotlib")
     ledger = tmp_path / "ledger.csv"
     rows = overlap.run(quick=True, out=ledger, tokens=(16384, 32768), hosts=2)
-    assert all(row.ms > 0 for row in rows) and len(rows) == 9
+    assert all(row.ms > 0 for row in rows if row.backend not in ("longer", "exposed")) and len(rows) == 18
     line, spans = read_spans(tmp_path / "overlap_trace.csv")
     assert line.case == "balanced 16384 on 2" and 0 <= hidden(spans) <= 1
     assert overlap.plot(ledger, tmp_path / "overlap.svg").stat().st_size > 1000

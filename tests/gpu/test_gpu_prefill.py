@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from apb.attend import choose_backend
 from apb.bench.clock import queue_ahead
 from apb.bench.prefill import layer, measured, simulated
 from apb.bench.prefill.case import Case
@@ -82,6 +83,16 @@ def test_the_exact_methods_on_one_host_take_what_flash_takes():
     assert max(times.values()) < 1.5 * min(times.values()), times
 
 
+def test_rows_say_which_kernel_attends():
+    """On a Hopper GPU too: its kernel takes no lists of tiles."""
+    rows = []
+    names = ["flash", "minference", "minference:dense_below=64"]
+    run_prefill("tiny", [4096], 1, names, "simulated", 1, None, set(), rows.append, print, device=CUDA)
+    q = torch.empty(1, 1, 1, SHAPES["tiny"].head_dim, device=CUDA, dtype=torch.bfloat16)
+    assert [row.backend for row in rows] == [choose_backend(q), choose_backend(q), "triton"]
+    assert all(row.ttft_ms > 0 for row in rows), [row.notes for row in rows]
+
+
 def test_what_python_takes_is_said_and_not_in_the_time():
     """A small layer with many launches, and a Python that is slower still."""
     one = case("apb-balanced", 2048, 8)
@@ -115,11 +126,16 @@ def test_another_gpu_is_timed_on_its_own_stream():
     assert second.ttft_ms == pytest.approx(first.ttft_ms, rel=0.5), rows
 
 
+def measure(host, name):
+    return measured.run_one(case(name, 16384, 2), repeats=3, on_progress=print, host=host)
+
+
 @pytest.mark.multigpu
 @pytest.mark.parametrize("name", ["flash", "ring-zigzag", "ulysses", "apb", "apb-balanced", "spava"])
 def test_measured_rows_are_whole(name):
-    row = measured.run_one(case(name, 16384, 2), repeats=3, on_progress=print)
+    row, other = run_processes(2, measure, name, backend="nccl")
     print(row)
+    assert other.load == row.load
     check_row(row)
 
 

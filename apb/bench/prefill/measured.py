@@ -19,7 +19,7 @@ from apb.bench.prefill.record import PrefillRow
 from apb.bench.prefill.share import Share
 from apb.context import Trace
 from apb.memory import PeakMemory
-from apb.parallel import Host, HostError, LoneHost, run_processes
+from apb.parallel import Host, HostError, LoneHost
 
 __all__ = ["TIMEOUT_S", "run_one"]
 
@@ -28,15 +28,14 @@ TIMEOUT_S = 120.0
 _ENOUGH_S = 0.5
 
 
-def run_one(case: Case, *, repeats: int, on_progress: Callable[[str], None], host: Host | None = None) -> PrefillRow:
+def run_one(case: Case, *, repeats: int, on_progress: Callable[[str], None], host: Host) -> PrefillRow:
     """Measure a case; `load` is each host's time in a layer, waiting for messages left out.
 
     Args:
         case: what to run.
         repeats: prefills to time at least, ≥ 1; others warm up.
         on_progress: told what goes on.
-        host: this member of a group that is there already, as under torchrun; every member calls this. None starts
-            processes for this case alone, which leave nothing behind.
+        host: this member of the group; every member calls this.
 
     Returns:
         The row, the same on every host. Where it did not run, its notes say why.
@@ -47,11 +46,7 @@ def run_one(case: Case, *, repeats: int, on_progress: Callable[[str], None], hos
     """
     row = case.row("measured")
     on_progress(f"{case.hosts} host{'s' * (case.hosts > 1)}")
-    if host is None:
-        backend = "nccl" if case.device.type == "cuda" else "gloo"
-        found = run_processes(case.hosts, _measure, case, repeats, backend=backend, timeout_s=TIMEOUT_S)[0]
-    else:
-        found = _measure(host, case, repeats)
+    found = _measure(host, case, repeats)
     if found["failure"]:
         return case.blank("measured", notes=found["failure"])
     columns, hosts = _put_together(case, found["hosts"]), found["hosts"]

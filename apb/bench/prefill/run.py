@@ -21,7 +21,7 @@ from apb.bench.prefill.shapes import SHAPES
 from apb.bench.prefill.started import run_telling
 from apb.bench.prefill.store import Key
 from apb.device import pick_device, pick_dtype
-from apb.methods import Flash
+from apb.methods import Flash, MInference, split_method
 from apb.parallel import Host, HostError, host_from_env
 
 __all__ = ["cases", "run_prefill"]
@@ -131,11 +131,20 @@ def cases(
                 method=Flash(),
                 device=device,
                 dtype=dtype,
-                backend="" if mode == "counted" else auto if one.backend == "auto" else one.backend,
+                backend="" if mode == "counted" else _who_attends(one, length, auto),
                 link=str(link or NVLINK) if mode == "simulated" and one.hosts > 1 else "",
             )
             found.setdefault(case.key(mode, name), (case, one))
     return found
+
+
+def _who_attends(one: Contender, tokens: int, auto: Backend) -> str:
+    """Name who computes a method's attention; lists of tiles have other kernels than the rest."""
+    backend = one.backend
+    method = one.make() if split_method(one.label)[0] == "minference" else None
+    if isinstance(method, MInference) and tokens >= method.dense_below:
+        backend, auto = method.dense_backend, "triton" if auto == "hopper" else auto
+    return auto if backend == "auto" else backend
 
 
 _Job = tuple[Case, Contender]
@@ -165,6 +174,12 @@ def _start_hosts(
             error = run_telling(count, serve, on_item=take, backend=backend, timeout_s=measured.TIMEOUT_S)
             if error is not None and left:
                 take(left[0][0].blank("measured", notes=reason(error)))
+            elif left:
+                case, _ = left[0]
+                raise RuntimeError(
+                    f"hosts: {count} of them ended without an error and without a row of {case.label} at {case.tokens} "
+                    f"tokens; measure it alone, and report what led to it"
+                )
 
 
 def _serve(host: Host, tell: Callable[[Any], None], *, jobs: Sequence[_Job], repeats: int) -> None:
@@ -178,7 +193,7 @@ def _serve(host: Host, tell: Callable[[Any], None], *, jobs: Sequence[_Job], rep
 
 
 class _Run:
-    """Turns a contender into a row, whatever comes; `broken` is set if the group is."""
+    """Turns a contender into a row, whatever comes; `broken` is set if the group is. "measured" has a host."""
 
     def __init__(
         self, mode: Mode, repeats: int, link: Link, host: Host | None, on_progress: Callable[[str], None]
@@ -205,11 +220,11 @@ class _Run:
         def tell(text: str) -> None:
             self.on_progress(f"{case.label}, {case.tokens} tokens: {text}")
 
+        if self.host is not None:
+            return measured.run_one(case, repeats=self.repeats, on_progress=tell, host=self.host)
         if self.mode == "counted":
             return counted.run_one(case)
-        if self.mode == "simulated":
-            return simulated.run_one(case, repeats=self.repeats, link=self.link, on_progress=tell)
-        return measured.run_one(case, repeats=self.repeats, on_progress=tell, host=self.host)
+        return simulated.run_one(case, repeats=self.repeats, link=self.link, on_progress=tell)
 
 
 def _check(shape: str, tokens: Sequence[int], hosts: Sequence[int], names: Sequence[str], repeats: int) -> None:

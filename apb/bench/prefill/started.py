@@ -36,7 +36,7 @@ def run_telling(
         Why the hosts failed, if they did.
 
     Raises:
-        Exception: what `on_item` raised.
+        Exception: what `on_item` raised, or what was told could not be read.
     """
     ours, theirs = multiprocessing.Pipe(duplex=False)
     raised: list[Exception] = []
@@ -68,10 +68,10 @@ def _listen(line: Connection, on_item: Callable[[Any], None], raised: list[Excep
     with line:
         while True:
             try:
-                item = line.recv()
-            except (EOFError, OSError):
-                return
-            try:
+                try:
+                    item = line.recv()
+                except (EOFError, OSError):
+                    return
                 on_item(item)
             except Exception as error:
                 raised.append(error)
