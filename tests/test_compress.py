@@ -130,11 +130,26 @@ def test_batch_items_are_scored_alone(name, seed, tokens, heads):
 @pytest.mark.parametrize("name", [name for name in ALL if name not in ("random", "retaining-head")])
 @given(seed=SEEDS, tokens=TOKENS)
 def test_kv_heads_are_scored_alone_with_their_own_query_heads(name, seed, tokens):
-    """Swapping the KV heads together with their groups of query heads swaps the scores, and changes nothing else."""
-    c, compressor = candidates(seed, tokens, (6, 2)), make(name, (6, 2))
-    swap = map_tensors(c, lambda x: x.roll(x.shape[1] // 2, dims=1))
+    """Other tensors in all other KV heads, and in their query heads, leave a KV head's scores as they were."""
+    c, other, compressor = candidates(seed, tokens, (6, 3)), candidates(seed + 9, tokens, (6, 3)), make(name, (6, 3))
     scores = compressor.score(c)
-    torch.testing.assert_close(compressor.score(swap), scores.flip(1), atol=1e-5 * float(scores.abs().max()), rtol=1e-5)
+    for h in range(3):
+        alike = compressor.score(with_head(c, other, h, kv_heads=3))[:, h]
+        torch.testing.assert_close(alike, scores[:, h], atol=1e-5 * float(scores.abs().max()), rtol=1e-5)
+
+
+def with_head(c, other, h, kv_heads):
+    """Return `other` with KV head h of `c` in its place, and that head's query heads."""
+    theirs = []
+    map_tensors(other, lambda x: theirs.append(x.clone()) or x)
+    left = iter(theirs)
+
+    def change(x):
+        mixed, group = next(left), x.shape[1] // kv_heads
+        mixed[:, h * group : (h + 1) * group] = x[:, h * group : (h + 1) * group]
+        return mixed
+
+    return map_tensors(c, change)
 
 
 def naive_query_aware(c, b, h, t, group):

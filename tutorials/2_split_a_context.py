@@ -98,8 +98,10 @@ print(plan)
 
 # %% [markdown]
 # Read the last two columns together: a block *passes on* up to 3 tokens, and rank r *receives* what all earlier blocks
-# passed on. Two blocks are special. The last one passes on nothing, because nobody comes after it. The first one never
-# passes on its first l_a tokens (`skipped` in the plan), because every later host sees those as anchor.
+# passed on. (`APB(…).plan(…)` gives rank 0 the anchor's rows as well: they hold the question, whose query vectors tell
+# rank 0 what to pass on. `plan_context` does so with `anchor_on_first=True`.) Two blocks are special. The last one
+# passes on nothing, because nobody comes after it. The first one never passes on its first l_a tokens (`skipped` in the
+# plan), because every later host sees those as anchor.
 #
 # ## Who sees what
 #
@@ -114,6 +116,7 @@ COLOURS = {"anchor": "#e8a33d", "passing block": "#4f9d69", "block": "#4878a8"}
 
 def parts(plan, block):
     """How many keys of A, P and B the rows of a block see."""
+    # `passing_tokens` are those that the block receives, not those that it passes on.
     return plan.anchor_rows * block.sees_anchor, block.passing_tokens, block.tokens
 
 
@@ -240,7 +243,7 @@ def answer(index, hosts):
 # ## What the library does for you
 #
 # - `plan_context` refuses plans that make no sense (an anchor that reaches into the second block, for example) and says
-#   what to change.
+#   what to change. Hosts may be left without tokens, where there are fewer blocks of whole tokens than hosts.
 # - `print(plan)` shows the table, and `apb plan --tokens 131072 --hosts 8 --anchor 4096 --passing 2048 --query-tokens
 #   40 --picture plan.svg` draws it.
 # - `apb.costs.host_cost` turns a plan into FLOPs and bytes for a model's shape.

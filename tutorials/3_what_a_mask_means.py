@@ -64,7 +64,8 @@ masks = {
 }
 
 # %% [markdown]
-# That is all there is to it. The library's methods say the same:
+# That is all there is to it. The library's methods say the same. (No question stands in front of this document, so
+# `query_in="after"`, and a compressor that reads none. What it would choose is not used here: tutorial 4 does that.)
 
 # %%
 apb_method = APB(anchor=l_a, passing=l_p, compressor=KeyNorm(), query_in="after")
@@ -97,6 +98,10 @@ figure.set_label(
 # Nobody computes that square. A host has the rows of its block. Where all of them say no, it leaves the column out, and
 # lays side by side what remains: the anchor A, the passing block P, its own block B. In a row this is all yes, up to
 # the row's own token: a rectangle with a triangle at its end.
+#
+# (A host also runs the anchor's rows, as tutorial 2 has them. With no question among them they see what the same tokens
+# see in block 0, so the square needs no rows for them, and they are left out here. Rows are always the *last* ones
+# among the columns: below, the block's.)
 
 # %%
 kv_heads, dim = 1, 16
@@ -185,7 +190,8 @@ figure.set_label(
 print("the derivatives agree")
 
 # %% [markdown]
-# White tokens of APB's strip stand at the end of their block: no token behind them was passed on in time to tell.
+# White tokens of APB's strip stand near the end of their block: no token behind them was passed on *after* it had
+# heard of them.
 #
 # ## Which corner?
 #
@@ -242,7 +248,8 @@ def check(solution):
             powers = (torch.linalg.matrix_power(mask.double(), depth) for depth in range(1, n))
             truth = next((depth for depth, power in enumerate(powers, 1) if power[listener, speaker] > 0), None)
             found = solution(mask.clone(), listener, speaker)
-            assert found == truth, f"{name}: {listener} hears of {speaker} after {truth} layers, not {found}"
+            say = f"never hears of {speaker}" if truth is None else f"hears of {speaker} in layer {truth}"
+            assert found == truth, f"{name}: {listener} {say}, yours says {found}; mask[i, j] is whether i looks at j"
     return "Right."
 
 

@@ -113,7 +113,10 @@ assert torch.equal(result.indices, kept) and torch.equal(result.k, kept_k) and t
 # Let δ be the attention mass that a row would have put on the tokens we dropped. Leaving them out renormalises the
 # rest, and the output moves by at most
 #
-# ‖o − õ‖ ≤ 2 · δ · max‖v‖.
+# ‖o − õ‖ ≤ 2 · δ · max‖v‖,
+#
+# since the full output is o = (1 − δ) · õ + δ · o′, with o′ the mean over what was dropped: so o − õ = δ · (o′ − õ),
+# and neither of these two is longer than max‖v‖.
 #
 # So a good compressor is one with a small δ. We compute both sides in float64 with `apb.reference.attention`, which
 # takes a mask and returns the output and the *log-sum-exp* (LSE) of each row's scores; exp(LSE_kept − LSE_all) is the
@@ -140,7 +143,7 @@ def kept_mass(compressor, keep):
 
 
 scorers = {
-    "question votes": SnapKV(voters="query", pool=no_pool),
+    "question votes": SnapKV(voters="query", pool=no_pool),  # the softmax of the question, summed; explained below
     "query-aware": QueryAware(pool=no_pool),
     "query-aware, pooled": QueryAware(),
     "small keys": KeyNorm(pool=no_pool),
@@ -203,7 +206,8 @@ def check(solution):
     for b, h, t in torch.cartesian_prod(torch.arange(2), torch.arange(3), torch.arange(10)).tolist():
         truth = max(float(k[b, h, t] @ query[b, 2 * h + member, i]) for member in range(2) for i in range(4))
         got = float(found[b, h, t])
-        assert abs(got - truth) < 1e-4, f"batch {b}, KV head {h}, token {t}: expected {truth:.3f}, got {got:.3f}"
+        where = f"batch {b}, KV head {h} (read by query heads {2 * h} and {2 * h + 1}), token {t}"
+        assert abs(got - truth) < 1e-4, f"{where}: expected {truth:.3f}, got {got:.3f}"
     return "Right."
 
 
@@ -223,7 +227,7 @@ def answer(k, query):
 # ## What the library does for you
 #
 # - A new compressor is a class with one method, `score`; pooling, selection, gathering and the checks (shape, NaN,
-#   budget) are inherited. The five steps stand on the [module page of the compressors](../modules/compress.md).
+#   budget) are inherited. How to write and test one of your own: [Add a compressor](../how-to/add-a-compressor.md).
 # - `apb.compress` has Locret's trained retaining heads, which the paper uses, beside the scorers you have just
 #   compared, and `Oracle`, which looks at the true attention and so tells what the best possible choice would have
 #   kept.

@@ -95,7 +95,7 @@ BUGS = (
         file="compress/query_aware.py",
         old="b (h g) l d -> b h g l d",
         new="b (g h) l d -> b h g l d",
-        tests="tests/test_compress.py -k 'formula and query-aware'",
+        tests="tests/test_compress.py -k 'kv_heads_are and query-aware'",
     ),
     Bug(
         name="a voter that does not see itself",
