@@ -5,12 +5,13 @@ import torch
 from attention_cases import HEADS, LAYOUTS, LENGTHS, SEEDS, assert_attention, draw_inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from apb.attend import decode_attention, masked_attention
 from apb.reference import apb_mask
 
 pytest.importorskip("triton")
-from apb.kernels.masked_flash import Tiles, choose_tiles, launch, tma_can_read
+from apb.kernels.masked_flash import Tiles, choose_tiles, launch, tile_capability, tma_can_read
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs under the interpreter; see tests/gpu")
 
@@ -130,3 +131,13 @@ def test_tiles_are_powers_of_two():
             for capability in ((8, 0), (9, 0), (10, 0)):
                 tiles = choose_tiles(dtype, dim, capability, tma=True)
                 assert all(x & (x - 1) == 0 and x >= 16 for x in tiles[:2])
+
+
+def test_consumer_gpus_take_the_tiles_that_fit_them(monkeypatch):
+    x = torch.empty(1)
+    assert tile_capability(x) == (0, 0)
+    with FakeTensorMode():
+        x = torch.empty(1, device="cuda")
+        for capability, tiles in (((12, 0), (8, 6)), ((9, 0), (9, 0)), ((8, 9), (8, 9)), ((10, 0), (10, 0))):
+            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, it=capability: it)
+            assert tile_capability(x) == tiles

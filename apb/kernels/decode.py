@@ -158,8 +158,9 @@ def choose_tiles(dtype: torch.dtype, dim: int, packed_rows: int, capability: tup
         block_m, block_n, warps, stages = 16, 32, 8, 1
     else:
         block_m = min(64, max(16, triton.next_power_of_2(packed_rows)))
-        block_n, warps, stages = (64, 4, 3) if dim <= 128 else (32, 8 if block_m == 64 else 4, 3)
-        stages += capability[0] >= 9 and dim <= 128  # Measured on an H200.
+        # Measured on an H200: four stages read faster than three. GPUs with 99 KB of shared memory have room for three.
+        narrow = (64, 4, 4) if capability[0] >= 9 else (64, 4, 3)
+        block_n, warps, stages = narrow if dim <= 128 else (32, 8 if block_m == 64 else 4, 3)
     # Measured on an H100: one program per multiprocessor reads fastest, two compute fastest.
     return Tiles(block_m, block_n, warps, stages, 1 if packed_rows <= block_m else 2)
 
