@@ -72,6 +72,12 @@ class Shared:
     def permute(self, order):
         return Shared(self.values.permute(order))
 
+    def _reinterpret(self, dtype, shape, layout):
+        return Shared(self.values.view(-1)[: torch.Size(shape).numel()].view(shape))
+
+    dtype = property(lambda self: self.values.dtype)
+    layout = None
+
 
 class Barriers(list):
     """What an allocation of mbarriers is."""
@@ -93,6 +99,13 @@ class Box:
         inside = tuple(slice(int(at), max(int(at), end)) for at, end in zip(where, ends, strict=True))
         piece = self.tensor[inside]
         target[tuple(slice(0, n) for n in piece.shape)].copy_(piece)
+
+    def write(self, where, source):
+        """Copy a box of one head out, but for its rows beyond the last, and poison what it came from."""
+        batch, head, row, _ = (int(at) for at in where)
+        target = self.tensor[batch, head, row : row + self.box[2]]
+        target.copy_(source.values[0, 0, : len(target)])
+        source.values.fill_(torch.nan)
 
 
 class Pointer:
@@ -200,6 +213,11 @@ class Product:
         return deps[0].result
 
 
+def _arrive(barrier, count, pred=True):
+    if pred:
+        barrier.arrive(count)
+
+
 def _store(pointer, values, mask):
     offset, values, mask = torch.broadcast_tensors(torch.as_tensor(pointer.offset), values, mask)
     pointer.base.view(-1)[offset[mask]] = values[mask]
@@ -221,7 +239,7 @@ def _language(machine):
         minimum=lambda a, b: torch.minimum(torch.as_tensor(a), torch.as_tensor(b)),
         max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis), cdiv=lambda a, b: -(-a // b),
         store=_store, atomic_add=machine.add, inline_asm_elementwise=machine.assembly,
-        warp_specialize=machine.specialise,
+        warp_specialize=machine.specialise, multiple_of=lambda x, n: x,
     )  # fmt: skip
     for name in ("NVMMADistributedLayout", "DotOperandLayout", "SliceLayout", "BlockedLayout", "SwizzledSharedLayout"):
         setattr(gl, name, lambda *_: None)
@@ -229,9 +247,12 @@ def _language(machine):
     hopper.mbarrier = SimpleNamespace(
         MBarrierLayout=lambda: "mbarrier", init=lambda barrier, count: barrier.init(count),
         expect=lambda barrier, n: barrier.arrive(1, expected=n), wait=lambda barrier, parity: barrier.wait(parity),
-        arrive=lambda barrier, count: barrier.arrive(count),
+        arrive=_arrive,
     )  # fmt: skip
-    hopper.tma = SimpleNamespace(async_copy_global_to_shared=machine.copy)
+    hopper.tma = SimpleNamespace(
+        async_copy_global_to_shared=machine.copy, store_wait=lambda left: None,
+        async_copy_shared_to_global=lambda target, where, source: target.write(where, source),
+    )  # fmt: skip
     hopper.fence_async_shared = lambda: None
     hopper.warpgroup_mma = Product
     hopper.warpgroup_mma_wait = Product.wait

@@ -12,22 +12,21 @@ from hypothesis import strategies as st
 from apb.reference import apb_mask
 
 
-def run(q, k, v, anchor, passing, *, causal=True, consumers=2, block_n=64, stages=2, in_registers=False, programs=2):
+def run(q, k, v, anchor, passing, *, causal=True, stages=2, programs=2):
     """Launch as `apb.kernels.hopper.launch` does."""
     batch, q_heads, rows, dim = q.shape
     kv_heads, columns = k.shape[1], k.shape[2]
     anchor_rows = max(0, rows - (columns - anchor - passing)) if causal else 0
     out = torch.full(q.shape, torch.nan, dtype=q.dtype)
     lse = torch.full(q.shape[:3], torch.nan)
-    block_m = 64 * consumers
-    row_tiles = -(-anchor_rows // block_m) + -(-(rows - anchor_rows) // block_m)
+    row_tiles = -(-anchor_rows // 128) + -(-(rows - anchor_rows) // 128)
     lengths = (rows, columns, anchor, anchor_rows, kv_heads, q_heads // kv_heads, batch * q_heads * row_tiles)
     scalars = [torch.tensor(n, dtype=torch.int64) for n in lengths]
     counter = Pointer(torch.zeros(1, dtype=torch.int64))
     with interpreted() as (module, machine):
-        boxes = Box(q, [1, 1, 64, dim]), Box(k, [1, 1, block_n, dim]), Box(v, [1, 1, block_n, dim])
-        args = (*boxes, Pointer(out), Pointer(lse), counter, dim**-0.5 * math.log2(math.e), *scalars, *out.stride(),
-                causal, dim, consumers, block_n, stages, in_registers, 0)  # fmt: skip
+        boxes = [Box(x, [1, 1, n, dim]) for x, n in ((q, 64), (k, 128), (v, 128), (out, 64))]
+        args = (*boxes[:3], Pointer(out), boxes[3], Pointer(lse), counter, dim**-0.5 * math.log2(math.e), *scalars,
+                *out.stride()[:3], causal, dim, stages)  # fmt: skip
         machine.run([(module.hopper_flash_kernel, args, None) for _ in range(programs)])
     return out, lse
 
@@ -35,13 +34,13 @@ def run(q, k, v, anchor, passing, *, causal=True, consumers=2, block_n=64, stage
 @settings(max_examples=12, deadline=None)
 @given(
     anchor=st.integers(0, 200), passing=st.integers(0, 150), block=st.integers(1, 300), left_out=st.integers(0, 400),
-    seed=st.integers(0, 2**31), consumers=st.sampled_from([2, 3]), stages=st.sampled_from([2, 3]), kept=st.booleans(),
+    seed=st.integers(0, 2**31), stages=st.sampled_from([2, 3]),
 )  # fmt: skip
-@example(anchor=70, passing=30, block=100, left_out=0, seed=0, consumers=2, stages=2, kept=False)
-def test_any_lengths(anchor, passing, block, left_out, seed, consumers, stages, kept):
+@example(anchor=70, passing=30, block=100, left_out=0, seed=0, stages=2)
+def test_any_lengths(anchor, passing, block, left_out, seed, stages):
     rows, columns = max(1, anchor + block - left_out), anchor + passing + block
     q, k, v = draw_inputs(seed, (1, 1, 2), rows, columns, 16, torch.float16)
-    out, lse = run(q, k, v, anchor, passing, consumers=consumers, stages=stages, in_registers=kept)
+    out, lse = run(q, k, v, anchor, passing, stages=stages)
     assert_attention(out, lse, q, k, v, apb_mask(rows, columns, anchor, passing))
 
 

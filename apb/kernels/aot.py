@@ -196,16 +196,13 @@ def report_masked_flash_backward(dtype: torch.dtype, dim: int, capability: int, 
 
 def report_hopper(dtype: torch.dtype, dim: int, *, causal: bool = True) -> Report:
     """Compile the Hopper kernel for tensors whose last stride is 1."""
-    tiles = hopper.choose_tiles(dim)
-    name, boxes = TRITON_NAME[dtype], {"q": 64, "k": tiles.block_n, "v": tiles.block_n}
+    block_n = hopper_kernel.BLOCK_N.value
+    name, boxes = TRITON_NAME[dtype], {"q": 64, "k": block_n, "v": block_n, "out_map": 64}
     types = {"out": f"*{name}", "lse": "*fp32", "counter": "*i32", "scale_log2": "fp32"}
     for x, rows in boxes.items():
         layout = gl.NVMMASharedLayout.get_default_for([1, 1, rows, dim], hopper.GLUON_TYPE[dtype])
         types[x] = f"tensordesc<{name}[1, 1, {rows}, {dim}],{layout!r}>"
-    constants = {
-        "stride_od": 1, "CAUSAL": causal, "D": dim, "CONSUMERS": tiles.consumers, "BLOCK_N": tiles.block_n,
-        "STAGES": tiles.stages, "Q_IN_REGISTERS": tiles.q_in_registers, "REGISTERS": tiles.registers,
-    }  # fmt: skip
+    constants = {"CAUSAL": causal, "D": dim, "STAGES": hopper.choose_stages(dim)}
     return compile_kernel(hopper_kernel.hopper_flash_kernel, types, constants, capability=90, warps=4, stages=1)
 
 
