@@ -32,8 +32,25 @@ def test_kernels_compile_well(capability, dims):
     assert {report["kernel"].split()[0] for report in reports} == kernels
     for report in reports:
         messages = report.pop("messages")
-        # Hopper: a tile's numbers, put aside during its loops. sm_86 takes sm_80's tiles, and a few are a little tight.
-        few = 128 if capability == 86 else 48 if report["kernel"].startswith("hopper") else 0
+        # Hopper: a tile's numbers, put aside between its loops. sm_86 takes sm_80's tiles; some are a little tight.
+        hopper = report["kernel"].startswith("hopper")
+        few = 128 if capability == 86 else 320 if hopper else 0
+        assert report["loop_spills"] == 0 or capability == 86, report
         assert report["spill_bytes"] <= few and report["stack_bytes"] <= few, report
         assert report["shared_bytes"] <= SHARED_BYTES_LIMIT[capability], report
         assert not report["wgmma_serialised"], (report, messages)
+
+
+def test_spills_inside_a_loop_are_noticed():
+    """The portable kernel with four warps for a tile that needs eight or more."""
+    code = """
+import torch
+from apb.kernels import aot, masked_flash
+tiles = masked_flash.choose_tiles(torch.bfloat16, 256, (9, 0), tma=False)._replace(block_n=128, warps=4)
+masked_flash.choose_tiles = lambda *_, **__: tiles
+report = aot.report_masked_flash(torch.bfloat16, 256, 90, tma=False)
+assert report.loop_spills > 100, report
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -33,6 +33,7 @@ from . import (
     merge,
     vertical_slash,
 )  # fmt: skip
+from .aot_loops import count_loop_spills
 
 __all__ = [
     "SHARED_BYTES_LIMIT",
@@ -62,6 +63,7 @@ class Report:
         registers: per thread (255 at most).
         stack_bytes: local memory per thread.
         spill_bytes: registers stored to and loaded from local memory, per thread.
+        loop_spills: of those accesses, the ones in the innermost loops with tensor-core products.
         shared_bytes: shared memory per program.
         wgmma_serialised: the assembler gave up on asynchronous tensor-core instructions (messages C75xx).
         messages: the assembler's output, to be read.
@@ -70,6 +72,7 @@ class Report:
     registers: int
     stack_bytes: int
     spill_bytes: int
+    loop_spills: int
     shared_bytes: int
     wgmma_serialised: bool
     messages: str
@@ -128,16 +131,19 @@ def _assemble(ptx: str, capability: int, shared_bytes: int) -> Report:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
-        command = [ptxas, "-v", f"--gpu-name={arch}", source, "-o", Path(folder) / "kernel.cubin"]
+        cubin = Path(folder) / "kernel.cubin"
+        command = [ptxas, "-v", f"--gpu-name={arch}", source, "-o", cubin]
         messages = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    stack, stores, loads = (
-        sum(int(n) for n in re.findall(rf"(\d+) bytes {what}", messages))
-        for what in ("stack frame", "spill stores", "spill loads")
-    )
+        stack, stores, loads = (
+            sum(int(n) for n in re.findall(rf"(\d+) bytes {what}", messages))
+            for what in ("stack frame", "spill stores", "spill loads")
+        )
+        loop_spills = count_loop_spills(cubin) if stores + loads else 0
     return Report(
         registers=max(int(n) for n in re.findall(r"Used (\d+) registers", messages)),
         stack_bytes=stack,
         spill_bytes=stores + loads,
+        loop_spills=loop_spills,
         shared_bytes=shared_bytes,
         wgmma_serialised="C75" in messages,
         messages=messages,
