@@ -31,7 +31,8 @@ from apb.parallel.host import Counters
 
 __all__ = ["run_one"]
 
-_ENOUGH_S = 0.5
+_ENOUGH_S = 0.5  # of the prefill's layers, after half as long a warm-up
+_ENOUGH_ASKED_S = 0.1  # of the question's pass
 _MOST = 200  # layers, where they are short
 
 
@@ -98,8 +99,8 @@ def _time_host(case: Case, decoder: Decoder, method: Method, rank: int, repeats:
     sent = [host.counters.copy()]
     share.ask([Trace()])
     sent.append(host.counters.since(sent[0]))
-    layers, queued_ms = _time_layers(share.prefill, case.device, repeats)
-    questions, _ = _time_layers(share.ask, case.device, repeats)
+    layers, queued_ms = _time_layers(share.prefill, case.device, repeats, _ENOUGH_S)
+    questions, _ = _time_layers(share.ask, case.device, repeats, _ENOUGH_ASKED_S)
     last = Trace(timed=True, device=case.device)
     queue_ahead(case.device)
     with last.phase("logits"):
@@ -116,11 +117,11 @@ def _time_host(case: Case, decoder: Decoder, method: Method, rank: int, repeats:
 
 
 def _time_layers(
-    run: Callable[[list[Trace]], object], device: torch.device, repeats: int
+    run: Callable[[list[Trace]], object], device: torch.device, repeats: int, enough_s: float
 ) -> tuple[list[dict[str, float]], float]:
     """Return the phases of single layers, and what Python takes to queue one.
 
-    On a GPU, half a second of layers, or `repeats` of them, after as long a warm-up. If Python is slow, the device
+    On a GPU, `enough_s` of layers, or `repeats` of them, after half as long a warm-up. If Python is slow, the device
     waits before each, so that all of it is queued when it begins.
     """
     queued_ms = math.inf
@@ -137,10 +138,10 @@ def _time_layers(
 
     ahead_ms = 0.0
     if device.type == "cuda":
-        until, layer_ms = time.perf_counter() + _ENOUGH_S, once().phase_ms.get("layer", math.inf)
+        until, layer_ms = time.perf_counter() + enough_s / 2, once().phase_ms.get("layer", math.inf)
         while math.isfinite(layer_ms) and time.perf_counter() < until:  # it is not, where the question has run along
             layer_ms = once().phase_ms["layer"]
-        repeats = max(repeats, min(_MOST, math.ceil(1e3 * _ENOUGH_S / layer_ms)))
+        repeats = max(repeats, min(_MOST, math.ceil(1e3 * enough_s / layer_ms)))
         ahead_ms = 1.5 * queued_ms if queued_ms > 0.8 * layer_ms else 0.0
         queue_ahead(device)
     traces = [once(ahead_ms) for _ in range(repeats)]
