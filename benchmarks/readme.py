@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from apb.bench.plots import newest_run, read_ledger
+from apb.bench.prefill.store import newest, read
 from apb.evals import ledger as quality_ledger
 from apb.evals.report import make_report
 
@@ -13,14 +14,16 @@ README = HERE.parent / "README.md"
 CASES = {"1024/3584/4096": "32K", "4096/14336/16384": "128K", "8192/57344/65536": "512K"}
 KERNELS = {"hopper": "ours for Hopper", "triton": "ours, portable", "fa3": "FlashAttention-3", "cudnn": "cuDNN",
            "flex": "FlexAttention", "sdpa": "FlashAttention-2"}  # fmt: skip
-METHODS = ("flash", "minference:vertical=1/32,slash=1/8,dense_below=0", "apb", "apb:query_in=prefill", "star",
-           "star:anchor=1/4", "ape", "apb:passing=0")  # fmt: skip
+PREFILL = {"flash": "exact attention", "ring-zigzag": "zigzag ring, exact", "ulysses": "Ulysses, exact",
+           "star": "Star", "apb": "APB", "apb-balanced": "APB, balanced", "spava": "Spava"}  # fmt: skip
+METHODS = ("flash", "minference:vertical=1/32,slash=1/8,dense_below=0", "apb:query_in=prefill,passing=1/2", "apb",
+           "apb:query_in=prefill", "star", "star:anchor=1/4", "ape", "apb:passing=0")  # fmt: skip
 
 
 def speed() -> str:
     """Lay out the newest run of `apb bench kernel`: TFLOP/s by document length and kernel."""
     rows = newest_run(read_ledger(HERE / "ledger.csv"), "masked_attention")
-    rate = {(row.case, row.backend): f"{row.tflops:.0f}" for row in rows}
+    rate = {(row.case, row.backend): f"{row.tflops:.0f}" if row.ms > 0 else "no memory" for row in rows}
     lines = [f"| document, on 8 hosts | {' | '.join(KERNELS.values())} |", "| --- |" + " --: |" * len(KERNELS)]
     for case, tokens in CASES.items():
         lines.append(f"| {tokens} | {' | '.join(rate[case, kernel] for kernel in KERNELS)} |")
@@ -30,9 +33,28 @@ def speed() -> str:
     return "\n".join(lines)
 
 
+def prefill() -> str:
+    """Lay out one host and eight simulated ones at 128K tokens, and how far measured times are from simulated ones."""
+    rows = [row for row in newest(read(HERE / "prefill.csv")) if row.tokens == 2**17 and row.ttft_ms > 0]
+    shown = {row.method: row for row in rows if row.mode == "simulated" and row.hosts in (1, 8)}
+    head = ("128K tokens", "GPUs", "first token, s", "times as fast", "GB a GPU")
+    lines = [f"| {' | '.join(head)} |", "| --- |" + " --: |" * (len(head) - 1)]
+    for method, name in PREFILL.items():
+        row = shown[method]
+        faster = shown["flash"].ttft_ms / row.ttft_ms
+        lines.append(f"| {name} | {row.hosts} | {row.ttft_ms / 1000:.2f} | {faster:.1f} | {row.peak_gbytes:.0f} |")
+    times = {(row.mode, row.method, row.hosts): row.ttft_ms for row in rows}
+    apart = [times[key] / simulated for (mode, *rest), simulated in times.items()
+             if mode == "simulated" and (key := ("measured", *rest)) in times]  # fmt: skip
+    one = shown["apb"]
+    run = f"\nSimulated on one {one.device}, {one.date[:10]}, commit {one.commit}; on one and two "
+    lines.append(f"{run}GPUs, measured times are {min(apart):.2f} to {max(apart):.2f} of simulated ones.")
+    return "\n".join(lines)
+
+
 def quality() -> str:
     """Lay out mean scores by method, at the lengths and numbers of hosts at which all eight tasks were asked."""
-    records, labels, (run,) = quality_ledger.read_ledger(HERE / "quality.csv")
+    records, labels, runs = quality_ledger.read_ledger(HERE / "quality.csv")
     kept = [r for r in records if "+" in r.model and r.length > 2048 and r.method in METHODS]
     sections = make_report(kept, labels=labels, resamples=10).sections
     head = [f"{section.length // 1024}K, {section.hosts} hosts" for section in sections]
@@ -41,13 +63,14 @@ def quality() -> str:
         found = [[line.mean for line in section.lines if line.method == method] for section in sections]
         means = [f"{100 * mean.value:.1f}" if mean else "–" for mean, *_ in (each or [None] for each in found)]
         lines.append(f"| {labels[method]} | {' | '.join(means)} |")
-    lines.append(f"\nMeasured on one {run['device']}, {run['date'][:10]}, commit {run['commit']}.")
+    measured = (f"one {run['device']}, {run['date'][:10]}, commit {run['commit']}" for run in runs)
+    lines.append(f"\nMeasured on {'; '.join(measured)}.")
     return "\n".join(lines)
 
 
 def filled(text: str) -> str:
-    """Return the README with both tables between their marks."""
-    for name, table in (("speed", speed()), ("quality", quality())):
+    """Return the README with the tables between their marks."""
+    for name, table in (("prefill", prefill()), ("speed", speed()), ("quality", quality())):
         marks = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
         text, found = re.subn(marks, lambda m, table=table: f"{m[1]}\n{table}\n\n{m[2]}", text, flags=re.DOTALL)
         if found != 1:
