@@ -214,7 +214,7 @@ def attend_tile(work, drawn, tile, used, scale_log2, CONSUMER: gl.constexpr, LAY
 @gluon.jit
 def store_rows(work, target, acc, total, peak, tile, used, drawn, CONSUMER: gl.constexpr, LAYOUT_S: gl.constexpr,
                LAYOUT_O: gl.constexpr):  # fmt: skip
-    """Divide and store this consumer's rows of a tile; use number `used` of the keys is its last, and kept for them."""
+    """Divide and store this consumer's rows of a tile, whose last use of the keys, `used` − 1, is kept for them."""
     out, out_map, lse, stride_b, stride_h, stride_n = target
     batch, _, head, first, end, _, _, _ = work.locate(tile)
     first += CONSUMER * 64
@@ -225,7 +225,7 @@ def store_rows(work, target, acc, total, peak, tile, used, drawn, CONSUMER: gl.c
     acc = acc.to(out.dtype.element_ty)
     mbarrier.wait(work.scored.index(drawn % 2), drawn // 2 & 1)
     if (first + 64 <= end) | (end == work.rows):  # TMA leaves out what lies beyond the last row
-        keys = work.k.buffers.index(used % work.k.slots)
+        keys = work.k.buffers.index((used - 1) % work.k.slots)
         room = keys._reinterpret(keys.dtype, [BLOCK_N // 64, 1, 1, 64, work.D], work.q.buffers.layout)
         room = room.index(CONSUMER)
         room.reshape([64, work.D]).store(acc)
@@ -238,7 +238,7 @@ def store_rows(work, target, acc, total, peak, tile, used, drawn, CONSUMER: gl.c
         begin = batch.to(gl.int64) * stride_b + head.to(gl.int64) * stride_h + (first + line).to(gl.int64) * stride_n
         begin = gl.multiple_of(begin // 8 * 8, [8])  # as TMA needs them; the compiler cannot know
         gl.store(out + begin[:, None] + dim[None, :], acc, mask=(first + line < end)[:, None])
-    work.k.release(used)
+    work.k.release(used - 1)
 
 
 @gluon.jit
@@ -253,7 +253,7 @@ def consume(work, target, scale_log2, CONSUMER: gl.constexpr):
     tile = work.tiles.receive(drawn)
     while tile < work.all_tiles:
         acc, total, peak, used = attend_tile(work, drawn, tile, used, scale_log2, CONSUMER, LAYOUT_S, LAYOUT_O)
-        store_rows(work, target, acc, total, peak, tile, used - 1, drawn, CONSUMER, LAYOUT_S, LAYOUT_O)
+        store_rows(work, target, acc, total, peak, tile, used, drawn, CONSUMER, LAYOUT_S, LAYOUT_O)
         drawn += 1
         tile = work.tiles.receive(drawn)
     if CONSUMER == 0:
