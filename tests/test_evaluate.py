@@ -4,6 +4,8 @@ import pytest
 from eval_cases import heads_file, save_tiny_model
 
 from apb.compress import load_retaining_head
+from apb.compress.retaining_head import save_retaining_head
+from apb.evals.check import check
 from apb.evals.evaluate import Evaluation, PreparedMethods, cells, evaluate, load_subject
 from apb.evals.store import Store
 
@@ -56,6 +58,18 @@ def test_a_checkpoint_is_read_once_a_cell_and_never_to_list_the_cells(folder, mo
     prepared = PreparedMethods(load_subject(setting).model)
     assert prepared(method, tokens=100, hosts=2) is prepared(method, tokens=100, hosts=2)
     assert len(read) == 4
+
+
+def test_heads_for_another_model_are_told_of_before_the_model_is_loaded(folder, tmp_path, recwarn):
+    path = tmp_path / "heads.safetensors"
+    heads_file(path, folder, seed=0)
+    setting = evaluated(folder, methods=("flash", f"apb:compressor=retaining-head,heads={path}"))
+    for name in (None, folder.name, "another"):
+        assert not recwarn.list
+        save_retaining_head(load_retaining_head(path), path, {"base_model": name} if name else None)
+        check(setting)
+    (told,) = {str(warning.message) for warning in recwarn.list}
+    assert f"trained for another, and are to run with {folder}," in told
 
 
 @pytest.mark.parametrize(

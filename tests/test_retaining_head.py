@@ -1,5 +1,6 @@
 """Retaining heads on disk: what the released checkpoints look like loads, and what does not fit says so."""
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -7,9 +8,11 @@ import torch
 
 import apb
 from apb.compress import Candidates, Projections, RetainingHead, load_retaining_head
-from apb.compress.retaining_head import PACKAGED, save_retaining_head
+from apb.compress.retaining_head import PACKAGED, save_retaining_head, warn_of_another_model
 from apb.costs import ModelShape
 from apb.methods import APB
+from apb.models import DEMO_MODEL
+from apb.run import Job, check_job
 from apb.testing.strategies import peaked
 
 
@@ -109,3 +112,60 @@ def test_packaged_heads_fit_the_model_that_they_are_for(tmp_path, monkeypatch):
     heads.check_fits(layers=30, heads=9, kv_heads=3, head_dim=64)
     card = Path(apb.__file__).parent / "data" / "heads" / name / "README.md"
     assert f"{sum(w.numel() for w in (*heads.fc1, *heads.fc2)):,} parameters" in card.read_text(encoding="utf-8")
+
+
+def job_with(heads, model, adapter=None):
+    settings = {"compressor": "retaining-head", "heads": str(heads)}
+    return Job(model=str(model), document="one two", query="what ?", adapter=adapter, settings=settings)
+
+
+@pytest.mark.parametrize(
+    ("header", "model", "adapter", "says"),
+    [
+        ({}, "another", None, None),
+        ({"adapter": "none"}, "another", "facts", None),  # a file that names no model
+        ({"base_model": "Org/Small-1B"}, "elsewhere/Small-1B", "facts", None),  # nor whether with an adapter
+        ({"base_model": "Org/Small-1B", "adapter": "none"}, "/models/Small-1B/", None, None),
+        ({"base_model": "Small-1B", "adapter": "Me/facts"}, "Org/Small-1B", "out/facts", None),
+        ({"base_model": "Small-1B"}, "Small-1B-it", None, "for Small-1B, and are to run with Small-1B-it, where"),
+        ({"base_model": "a", "adapter": "none"}, "a", "x/facts", "for a, and are to run with a with the adapter x/fac"),
+        ({"base_model": "a", "adapter": "facts"}, "a", None, "for a with the adapter facts, and are to run with a, w"),
+        ({"base_model": "a", "adapter": "b"}, "a", "c", "the adapter b, and are to run with a with the adapter c,"),
+    ],
+)
+def test_heads_warn_of_a_model_that_they_were_not_trained_for(tmp_path, monkeypatch, header, model, adapter, says):
+    path = tmp_path / "heads.safetensors"
+    shape = ModelShape(hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=96, layers=2)
+    save_retaining_head(random_heads(), path, header)
+    loaded = load_retaining_head(path)
+    for heads in (loaded, loaded.prepare(shape, torch.device("cpu"), torch.bfloat16)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            warn_of_another_model(heads, model=model, adapter=adapter)
+            monkeypatch.setenv("RANK", "1")  # of torchrun; the first rank has said it
+            warn_of_another_model(heads, model=model, adapter=adapter)
+            monkeypatch.delenv("RANK")
+        found = [str(warning.message) for warning in caught]
+        assert len(found) == (says is not None)
+        assert all(says in text for text in found)
+
+
+def test_a_directory_that_is_linked_to_goes_by_both_its_names(tmp_path, recwarn):
+    (tmp_path / "Small-1B").mkdir()
+    (tmp_path / "current").symlink_to(tmp_path / "Small-1B")
+    for name in ("Small-1B", "current"):
+        save_retaining_head(random_heads(), tmp_path / "heads.safetensors", {"base_model": name})
+        check_job(job_with(tmp_path / "heads.safetensors", tmp_path / "current"))
+    assert not recwarn.list
+
+
+def test_packaged_heads_warn_with_another_model_and_with_an_adapter(recwarn):
+    for model in (DEMO_MODEL, f"/models/{DEMO_MODEL}"):
+        check_job(job_with("smollm2-135m", model))
+    check_job(Job(model="another", document="one two", query="what ?"))
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=f"trained for {DEMO_MODEL}, and are to run with another, where"):
+        check_job(job_with("smollm2-135m", "another"))
+    pytest.importorskip("peft")
+    with pytest.warns(UserWarning, match=f"run with {DEMO_MODEL} with the adapter smollm2-135m-long, where"):
+        check_job(job_with("smollm2-135m", DEMO_MODEL, Path("smollm2-135m-long")))

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -11,18 +12,21 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 TUTORIALS = sorted(ROOT.glob("tutorials/[0-9]*.py"))
 
-# Answers with a plausible mistake, as expressions over the tutorial's own names.
+# Answers with a plausible mistake, as expressions over the tutorial's own names; with the hint, where there is one.
 WRONG = {
     "0_all_of_apb_on_one_page": [
         "lambda a, p, b: (a + b) * (a + p + b + 1) // 2",  # one large triangle
         "lambda a, p, b: b * (a + p) + b * (b + 1) // 2",  # the anchor's own rows left out
         "lambda a, p, b: a * (a + 1) // 2 + b * (a + p) + b * (b - 1) // 2",  # nobody sees itself
     ],
-    "1_exact_attention_three_ways": [
-        "lambda whole, part: (whole[0] - part[0], whole[1] - part[1])",  # outputs and LSEs simply subtracted
-        "lambda whole, part: (whole[0], answer(whole, part)[1])",  # the output left as it was
-        "lambda whole, part: (answer(whole, part)[0], (whole[1].exp() - part[1].exp()).log())",  # e^3000 overflows
-    ],
+    "1_exact_attention_three_ways": {
+        "lambda whole, part: (whole[0] - part[0], answer(whole, part)[1])": "output off .* give each its weight",
+        "lambda whole, part: (whole[0] - (part[1] - whole[1]).exp() * part[0], answer(whole, part)[1])": "its share$",
+        "lambda whole, part: (answer(whole, part)[0], whole[1] - part[1])": "LSE off .* subtract the sums",
+        "lambda whole, part: (whole[0], answer(whole, part)[1])": "output off .* nothing is forgotten",
+        "lambda whole, part: (answer(whole, part)[0], (whole[1].exp() - part[1].exp()).log())": "around 3000; e.LSE is",
+        "lambda whole, part: (2 * answer(whole, part)[0], answer(whole, part)[1])": "scores around 0$",  # no hint
+    },
     "3_what_a_mask_means": [
         "lambda mask, listener, speaker: 1 if mask[listener, speaker] else None",  # one layer only
         "lambda mask, listener, speaker: answer(mask.T, listener, speaker)",  # rows taken for columns
@@ -59,10 +63,14 @@ WRONG = {
         "lambda k, query: answer(k, query.roll(1, dims=1))",  # another grouping of heads
         "lambda k, query: (query @ k.repeat_interleave(2, dim=1).mT).amax(dim=2)",  # a score a query head
     ],
-    "5_pass_blocks_between_hosts": [
-        "lambda gathered, index, hosts: torch.cat((gathered[0] + gathered[1])[:index], dim=2)",  # not mirrored
-        "lambda gathered, index, hosts: torch.cat((gathered[0] + gathered[1][::-1])[:index + 1], dim=2)",  # itself too
-    ],
+    "5_pass_blocks_between_hosts": {
+        "lambda gathered, index, hosts: torch.cat((gathered[0] + gathered[1])[:index], dim=2)": "stand backwards$",
+        "lambda gathered, index, hosts: torch.cat((gathered[0] + gathered[1][::-1])[:index + 1], dim=2)": "it only$",
+        "lambda gathered, index, hosts: torch.cat([both[slot] for rank, both in enumerate(zip(*gathered)) "
+        "for slot, block in enumerate((rank, 2 * hosts - 1 - rank)) if block < index], dim=2)": "not the document's$",
+        "lambda gathered, index, hosts: torch.cat(gathered[0][:index], dim=2)": r"got \[0.0, 1.0, 1.0\]$",  # no hint
+        "lambda gathered, index, hosts: None": "got None$",
+    },
     "6_masked_flash_attention": [
         "lambda first, end, a, p: (first + p + 1, end + p)",  # the anchor's rows shifted too
         "lambda first, end, a, p: (answer(first, end, a, p)[0] - 1, answer(first, end, a, p)[1])",  # off by one
@@ -76,14 +84,15 @@ WRONG = {
 }
 
 DRIVER = """
-import runpy, sys
+import re, runpy, sys
 names = runpy.run_path(sys.argv[1], run_name="__main__")
 assert names["check"](names["answer"]) == "Right."
-for wrong in sys.argv[2:]:
+for wrong, says in zip(sys.argv[2::2], sys.argv[3::2]):
     try:
         names["check"](eval(wrong, names))
     except AssertionError as error:
         assert str(error), "a checker should say what is wrong"
+        assert re.search(says, str(error)), f"expected {says!r} of {wrong}, got {error}"
     else:
         sys.exit(f"the checker took a wrong answer: {wrong}")
 """
@@ -96,8 +105,10 @@ def test_tutorials_are_complete():
 @pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
 def test_tutorial(path):
     search = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    wrong = WRONG[path.stem]
+    says = wrong if isinstance(wrong, dict) else dict.fromkeys(wrong, "")
     run = subprocess.run(
-        [sys.executable, "-c", DRIVER, str(path), *WRONG[path.stem]],
+        [sys.executable, "-c", DRIVER, str(path), *chain.from_iterable(says.items())],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": search, "MPLBACKEND": "Agg"},
         capture_output=True,

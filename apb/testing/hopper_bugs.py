@@ -8,15 +8,15 @@ HOPPER_BUGS = (
     Bug(
         name="the Hopper kernel hides the diagonal",
         file="kernels/hopper_kernel.py",
-        old="columns[None, :] <= limit[:, None]",
-        new="columns[None, :] < limit[:, None]",
+        old="if MASKED:\n        scores = gl.where(columns[None, :] <= limit",
+        new="if MASKED:\n        scores = gl.where(columns[None, :] < limit",
         tests="tests/test_hopper_kernel.py -k fit_the_tiles",
     ),
     Bug(
         name="the Hopper kernel masks nothing in the block before the diagonal",
         file="kernels/hopper_kernel.py",
-        old="full = (first + shift + 1) // self.BLOCK_N",
-        new="full = (first + shift + self.BLOCK_N) // self.BLOCK_N",
+        old="full = (first + shift + 1) // BLOCK_N",
+        new="full = (first + shift + BLOCK_N) // BLOCK_N",
         tests="tests/test_hopper_kernel.py -k any_lengths",
     ),
     Bug(
@@ -39,5 +39,19 @@ HOPPER_BUGS = (
         old="end = gl.where(in_anchor, self.anchor_rows, self.rows)",
         new="end = gl.where(in_anchor, self.rows, self.rows)",
         tests="tests/test_hopper_kernel.py -k any_lengths",
+    ),
+    Bug(
+        name="the Hopper kernel's rows leave through keys that another consumer still scores",
+        file="kernels/hopper_kernel.py",
+        old="    mbarrier.wait(work.scored.index(drawn % 2), drawn // 2 & 1)\n",
+        new="",
+        tests="tests/test_hopper_kernel.py -k fit_the_tiles",
+    ),
+    Bug(
+        name="the Hopper kernel's block 0 is never masked",
+        file="kernels/hopper_kernel.py",
+        old="if full == 0:",
+        new="if full < 0:",
+        tests="tests/test_hopper_kernel.py -k fit_the_tiles",
     ),
 )
