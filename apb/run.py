@@ -11,6 +11,7 @@ from torch import Tensor
 
 from apb.adapter import check_adapter
 from apb.attend import Backend
+from apb.compress.retaining_head import warn_of_another_model
 from apb.conversation import Conversation
 from apb.decoding import check_new_tokens
 from apb.device import pick_device, pick_dtype
@@ -151,7 +152,7 @@ def run_jobs(
 
 
 def check_job(job: Job) -> None:
-    """Refuse what cannot be before a host is started or a model is loaded.
+    """Refuse what cannot be before a host is started or a model is loaded, and warn of heads for another model.
 
     Raises:
         ValueError: naming what came, what was expected and the way out.
@@ -180,6 +181,7 @@ def check_job(job: Job) -> None:
             f"hosts: {job.method} runs on one host, got {job.hosts}; leave hosts out, or take a method that splits the "
             f"document (ring, apb, …)"
         )
+    warn_of_another_model(getattr(method, "compressor", None), model=job.model, adapter=job.adapter)
 
 
 def _start_hosts(job: Job, on_phase: OnPhase | None, on_text: OnText | None) -> tuple[str, list[_Answered]]:

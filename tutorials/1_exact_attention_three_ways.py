@@ -205,6 +205,21 @@ def forget(whole, part):
 
 
 # %%
+def hint(found, whole, part, shift):
+    """What has gone wrong, if it is one of the likely things."""
+    (out, lse), (part_out, part_lse), found = whole, part, torch.as_tensor(found).double()
+    left = out - torch.exp(part_lse - lse) * part_out
+    slips = {
+        "; outputs are means, so give each its weight before you subtract": out - part_out,
+        "; what is left weighs less than the whole did, so divide by its share": left,
+        "; LSEs are logs: subtract the sums, not the logs of them": lse - part_lse,
+        "; that is the whole's, nothing is forgotten": out if found.ndim else lse,
+    }
+    if shift and not found.isfinite().all():
+        return "; e^LSE is infinite or 0 here, so take e^ of differences of LSEs only"
+    return next((slip for slip, wrong in slips.items() if torch.allclose(found, wrong, rtol=0, atol=1e-6)), "")
+
+
 def check(solution):
     generator = torch.Generator().manual_seed(1)
     q, k, v = (torch.randn(1, 1, m, 16, generator=generator, dtype=torch.float64) for m in (1, 9, 9))
@@ -223,7 +238,8 @@ def check(solution):
             assert found is not None and len(found) == 2, "expected two tensors, the output and the LSE"
             for name, x, y in zip(("output", "LSE"), found, truth, strict=True):
                 error = float((x - y).abs().max())
-                assert error < 1e-6, f"{name} off by {error:.2g}, keys {gone} forgotten, scores around {shift:.0f}"
+                where = f"keys {gone} forgotten, scores around {shift:.0f}"
+                assert error < 1e-6, f"{name} off by {error:.2g}, {where}{hint(x, whole, part, shift)}"
     return "Right."
 
 

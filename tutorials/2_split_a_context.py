@@ -199,10 +199,11 @@ figure.set_label(
 
 # %%
 shared = plan_context(tokens=n, hosts=H, anchor=l_a, passing=3, query=l_q, query_offset=s, split_anchor=True)
-for rank in range(H):
-    mine = torch.cat([torch.arange(*span) for span in shared.host(rank).anchor_spans])
+shares = [[row for span in shared.host(rank).anchor_spans for row in range(*span)] for rank in range(H)]
+for rank, mine in enumerate(shares):
     ids = shared.host_rows(rank, document, question)[: len(mine)]
-    print(f"rank {rank} runs rows {mine.tolist()}, {words(ids)!r}: {int((mine + 1).sum())} pairs")
+    print(f"rank {rank} runs rows {mine}, {words(ids)!r}: {sum(mine) + len(mine)} pairs")
+assert sorted(row for mine in shares for row in mine) == list(range(l_a + l_q))  # each row runs on one host
 
 large_shared = plan_context(tokens=131072, hosts=8, anchor=4096, passing=2048, query=40, split_anchor=True)
 print(f"128K tokens on 8 hosts: rank 7 runs {large_shared.host(7).rows} rows in place of {large.host(7).rows}")

@@ -249,6 +249,19 @@ def zigzag_passing(gathered, index, hosts):
 
 
 # %%
+def hint(found, index, hosts):
+    """What has gone wrong, if it is one of the likely things."""
+    backwards = [*range(hosts), *reversed(range(hosts, 2 * hosts))]  # how the second slots lie
+    by_rank = sorted(range(index), key=lambda block: min(block, 2 * hosts - 1 - block))
+    slips = {
+        "; gathered[1] is in the order of ranks, so its blocks stand backwards": backwards[:index],
+        f"; block {index} has its own tokens, and receives those before it only": [*range(index + 1)],
+        "; that is the order of ranks, not the document's": by_rank,
+    }
+    order = [] if found is None else found.flatten().unique_consecutive().tolist()
+    return next((slip for slip, wrong in slips.items() if order == wrong != [*range(index)]), "")
+
+
 def check(solution):
     for hosts in (1, 2, 3):
         blocks = [torch.full((1, 1, 1 + b % 2, 1), float(b)) for b in range(2 * hosts)]  # block b holds the number b
@@ -257,7 +270,7 @@ def check(solution):
             expected, found = torch.cat(blocks[:index], dim=2), solution(gathered, index, hosts)
             assert found is not None and found.shape == expected.shape and torch.equal(found, expected), (
                 f"{hosts} hosts, block {index}: expected the blocks {expected.flatten().tolist()}, "
-                f"got {None if found is None else found.flatten().tolist()}"
+                f"got {None if found is None else found.flatten().tolist()}{hint(found, index, hosts)}"
             )
     return "Right."
 

@@ -1,7 +1,9 @@
 """Locret's retaining heads: a small trained network per layer scores each token (arXiv 2410.01805; APB's choice)."""
 
+import os
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -15,7 +17,15 @@ from apb.compress.backend import CompressBackend, choose_backend
 from apb.compress.compressor import Candidates, Compressor, Need, Projections
 from apb.costs import ModelShape
 
-__all__ = ["PACKAGED", "RetainingHead", "find_heads", "head_scores", "load_retaining_head", "save_retaining_head"]
+__all__ = [
+    "PACKAGED",
+    "RetainingHead",
+    "find_heads",
+    "head_scores",
+    "load_retaining_head",
+    "save_retaining_head",
+    "warn_of_another_model",
+]
 
 PACKAGED = ("smollm2-135m",)
 """Heads that come with this package, by name; each has a model card in `apb/data/heads`."""
@@ -30,10 +40,12 @@ class RetainingHead(Compressor):
     Attributes:
         fc1: per layer, `[width, (q_heads + 2 · kv_heads) · dim]` (the paper's width is 1024).
         fc2: per layer, `[kv_heads, width]`.
+        trained_for: what their file says about it: the name of the "base_model", and of the "adapter" ("none").
     """
 
     fc1: tuple[Tensor, ...]
     fc2: tuple[Tensor, ...]
+    trained_for: Mapping[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         """Tell checkpoints apart by the sums of their weights, so that hosts can agree on one."""
@@ -65,7 +77,7 @@ class RetainingHead(Compressor):
         """Check that the heads fit the model, and return them on its device and in its dtype."""
         self.check_fits(layers=shape.layers, heads=shape.heads, kv_heads=shape.kv_heads, head_dim=shape.head_dim)
         fc1, fc2 = (tuple(w.to(device, dtype) for w in part) for part in (self.fc1, self.fc2))
-        return RetainingHead(pool=self.pool, fc1=fc1, fc2=fc2)
+        return replace(self, fc1=fc1, fc2=fc2)
 
     def score(self, candidates: Candidates) -> Float[Tensor, "batch kv_heads tokens"]:
         """Return the layer's scores, as `head_scores` computes them."""
@@ -152,7 +164,29 @@ def load_retaining_head(path: str | Path) -> RetainingHead:
                 f"retaining heads: layer {layer} has fc1 {tuple(one.shape)} and fc2 {tuple(two.shape)}; expected "
                 f"[width, inputs] and [kv_heads, width], the same in every layer"
             )
-    return RetainingHead(fc1=fc1, fc2=fc2)
+    return RetainingHead(fc1=fc1, fc2=fc2, trained_for=_trained_for(path))
+
+
+def warn_of_another_model(compressor: object, *, model: str | Path, adapter: str | Path | None = None) -> None:
+    """Warn on rank 0 if a compressor's retaining heads were trained for another model or adapter than they run with.
+
+    Names are compared by their last part: a directory, or a hub id. Heads whose file names no model are taken as they
+    are.
+
+    Args:
+        compressor: of any kind, or None.
+        model, adapter: what the compressor is to run with, as `load_model` reads them.
+    """
+    trained = compressor.trained_for if isinstance(compressor, RetainingHead) else {}
+    here = {"base_model": str(model), "adapter": str(adapter or "none")}
+    others = [name for name, given in here.items() if name in trained and not _names(trained[name]) & _names(given)]
+    if others and os.environ.get("RANK", "0") == "0":
+        was, runs = (_adapted(what["base_model"], what.get("adapter", "none")) for what in (trained, here))
+        warnings.warn(
+            f"retaining heads: they were trained for {was}, and are to run with {runs}, where they may choose badly. "
+            f"Train heads for what runs here (apb train-heads), or use a compressor that needs none (query-aware)",
+            stacklevel=2,
+        )
 
 
 def save_retaining_head(heads: RetainingHead, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
@@ -177,6 +211,27 @@ def save_retaining_head(heads: RetainingHead, path: str | Path, metadata: Mappin
         for layer, weight in enumerate(layers)
     }
     path.write_bytes(save(weights, metadata={"format": "pt", **(metadata or {})}))
+
+
+def _trained_for(path: Path) -> dict[str, str]:
+    """Return what a file's header says of the model; nothing if it names none."""
+    if path.suffix != ".safetensors":
+        return {}
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        header = file.metadata() or {}
+    return {name: header[name] for name in ("base_model", "adapter") if name in header and "base_model" in header}
+
+
+def _adapted(model: str, adapter: str) -> str:
+    return model if adapter == "none" else f"{model} with the adapter {adapter}"
+
+
+def _names(place: str) -> set[str]:
+    """Return what a model or an adapter may be called: the last part of a path or hub id, and of what it links to."""
+    path = Path(place).expanduser()
+    return {path.name, path.resolve().name}
 
 
 def _read(path: Path) -> Mapping[str, Tensor]:

@@ -3,9 +3,11 @@
 from itertools import product
 
 from apb.adapter import check_adapter
+from apb.compress.retaining_head import warn_of_another_model
 from apb.evals.evaluate import Evaluation, method_for
 from apb.evals.sample import Sample
 from apb.evals.tasks import TASKS, make_sample
+from apb.methods import Method
 from apb.models import load_tokenizer, model_positions
 
 __all__ = ["FILES", "check"]
@@ -15,7 +17,7 @@ FILES = ("haystack", "squad", "hotpotqa")
 
 
 def check(setting: Evaluation) -> None:
-    """Make a sample of every task and length, and every method's plan of it.
+    """Make a sample of every task and length, and every method's plan of it; warn of heads for another model.
 
     Another seed's sample may still not fit: `evaluate` says so when it comes to it.
 
@@ -44,10 +46,12 @@ def check(setting: Evaluation) -> None:
     for length, task in product(setting.lengths, setting.tasks):
         sample = make_sample(task, tokenizer, length=length, seed=setting.seed, sources=setting.sources)
         for method, hosts in product(setting.methods, setting.hosts):
-            _check_plan(sample, length, method, hosts)
+            made = _check_plan(sample, length, method, hosts)
+            warn_of_another_model(getattr(made, "compressor", None), model=setting.model, adapter=setting.adapter)
 
 
-def _check_plan(sample: Sample, length: int, method: str, hosts: int) -> None:
+def _check_plan(sample: Sample, length: int, method: str, hosts: int) -> Method:
+    """Make a method and its plan of a sample, and return the method."""
     prompt = sample.prompt
     tokens = prompt.document.shape[1]
     try:
@@ -61,3 +65,4 @@ def _check_plan(sample: Sample, length: int, method: str, hosts: int) -> None:
     except ValueError as error:
         where = f"{method} on {hosts} hosts, {sample.task} at {length} tokens"
         raise ValueError(f"--methods, --hosts: {where}: {error}") from None
+    return made

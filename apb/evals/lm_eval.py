@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from apb.compress.retaining_head import warn_of_another_model
 from apb.device import pick_device, pick_dtype
 from apb.evals.ask import Answer, Asker
 from apb.evals.evaluate import PreparedMethods, method_for
@@ -78,7 +79,8 @@ class APBHarnessModel(LM):
             raise ValueError(f"batch_size: questions are asked one at a time; expected 1, got {batch_size}")
         if not separator:
             raise ValueError("separator: expected some text between document and question, got ''")
-        method_for(self.method, tokens=1, hosts=1)  # refuses unknown names before anything is loaded
+        made = method_for(self.method, tokens=1, hosts=1)  # refuses unknown names before anything is loaded
+        warn_of_another_model(getattr(made, "compressor", None), model=model, adapter=adapter)
         place = pick_device(device)
         weights = {"device": place, "dtype": pick_dtype(dtype, place), "adapter": Path(adapter) if adapter else None}
         self.max_new_tokens, self.tokenizer = int(max_new_tokens), load_tokenizer(model)

@@ -33,4 +33,11 @@ COMPRESS_BUGS = (
         new="in zip(notes[::-1], ",
         tests="tests/test_compress_kernels.py -k watch",
     ),
+    Bug(
+        name="prepared heads forget which model they were trained for",
+        file="compress/retaining_head.py",
+        old="return replace(self, fc1=fc1, fc2=fc2)",
+        new="return RetainingHead(pool=self.pool, fc1=fc1, fc2=fc2)",
+        tests="tests/test_retaining_head.py -k warn",
+    ),
 )
