@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from apb.bench import Row
 from apb.bench.plots import newest_run, read_ledger
 from apb.bench.prefill.store import newest, read
 from apb.evals import ledger as quality_ledger
@@ -23,7 +24,7 @@ METHODS = ("flash", "minference:vertical=1/32,slash=1/8,dense_below=0", "apb:que
 def speed() -> str:
     """Lay out the newest run of `apb bench kernel`: TFLOP/s by document length and kernel."""
     rows = newest_run(read_ledger(HERE / "ledger.csv"), "masked_attention")
-    rate = {(row.case, row.backend): f"{row.tflops:.0f}" if row.ms > 0 else "no memory" for row in rows}
+    rate = {(row.case, row.backend): _rate(row) for row in rows}
     lines = [f"| document, on 8 hosts | {' | '.join(KERNELS.values())} |", "| --- |" + " --: |" * len(KERNELS)]
     for case, tokens in CASES.items():
         lines.append(f"| {tokens} | {' | '.join(rate[case, kernel] for kernel in KERNELS)} |")
@@ -33,22 +34,30 @@ def speed() -> str:
     return "\n".join(lines)
 
 
+def _rate(row: Row) -> str:
+    return f"{row.tflops:.0f}" if row.ms > 0 else "no memory" if "OutOfMemory" in row.notes else "–"
+
+
 def prefill() -> str:
     """Lay out one host and eight simulated ones at 128K tokens, and how far measured times are from simulated ones."""
-    rows = [row for row in newest(read(HERE / "prefill.csv")) if row.tokens == 2**17 and row.ttft_ms > 0]
-    shown = {row.method: row for row in rows if row.mode == "simulated" and row.hosts in (1, 8)}
+    rows = [row for row in newest(read(HERE / "prefill.csv")) if (row.shape, row.tokens) == ("llama-3.1-8b", 2**17)]
+    device = [row.device for row in rows if row.method == "flash"][-1]
+    rows = [row for row in rows if row.device == device and row.dtype == "bfloat16" and row.ttft_ms > 0]
+    simulated = [row for row in rows if row.mode == "simulated"]
+    shown = {row.method: row for row in simulated if row.hosts == (1 if row.method == "flash" else 8)}
     head = ("128K tokens", "GPUs", "first token, s", "times as fast", "GB a GPU")
     lines = [f"| {' | '.join(head)} |", "| --- |" + " --: |" * (len(head) - 1)]
     for method, name in PREFILL.items():
         row = shown[method]
         faster = shown["flash"].ttft_ms / row.ttft_ms
         lines.append(f"| {name} | {row.hosts} | {row.ttft_ms / 1000:.2f} | {faster:.1f} | {row.peak_gbytes:.0f} |")
-    times = {(row.mode, row.method, row.hosts): row.ttft_ms for row in rows}
-    apart = [times[key] / simulated for (mode, *rest), simulated in times.items()
-             if mode == "simulated" and (key := ("measured", *rest)) in times]  # fmt: skip
-    one = shown["apb"]
-    run = f"\nSimulated on one {one.device}, {one.date[:10]}, commit {one.commit}; on one and two "
-    lines.append(f"{run}GPUs, measured times are {min(apart):.2f} to {max(apart):.2f} of simulated ones.")
+    commits = ", ".join(sorted({f"{shown[method].date[:10]}, commit {shown[method].commit}" for method in PREFILL}))
+    measured = {(row.method, row.hosts): row.ttft_ms for row in rows if row.mode == "measured"}
+    both = [row for row in simulated if (row.method, row.hosts) in measured]
+    apart = [measured[row.method, row.hosts] / row.ttft_ms for row in both]
+    hosts = " and ".join(str(number) for number in sorted({row.hosts for row in both}))
+    lines.append(f"\nSimulated on one {device}, {commits}; with {hosts} of them, measured times are")
+    lines.append(f"{min(apart):.2f} to {max(apart):.2f} of simulated ones.")
     return "\n".join(lines)
 
 

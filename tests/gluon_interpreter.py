@@ -75,7 +75,6 @@ class Shared:
     def _reinterpret(self, dtype, shape, layout):
         return Shared(self.values.view(-1)[: torch.Size(shape).numel()].view(shape))
 
-    dtype = property(lambda self: self.values.dtype)
     layout = None
 
 
@@ -127,7 +126,6 @@ class Machine:
         self.lock = threading.Lock()
         self.named = threading.local()
         self.errors = []
-        self.copies = []
 
     def run(self, roles):
         """Run calls side by side, and raise the first error."""
@@ -161,6 +159,14 @@ class Machine:
 
         thread = threading.Thread(target=land, daemon=True)
         thread.start()
+
+    def send(self, target, where, source):
+        """Copy a box out some time later; `sent` waits for this warp group's last one."""
+        self.named.leaving = threading.Timer(self.random.random() * 5e-3, target.write, (where, source))
+        self.named.leaving.start()
+
+    def sent(self, left):
+        self.named.leaving.join()
 
     def assembly(self, text, constraints, args, **_):
         if found := re.match(r"bar\.(sync|arrive) (\d+), 256", text):
@@ -250,8 +256,7 @@ def _language(machine):
         arrive=_arrive,
     )  # fmt: skip
     hopper.tma = SimpleNamespace(
-        async_copy_global_to_shared=machine.copy, store_wait=lambda left: None,
-        async_copy_shared_to_global=lambda target, where, source: target.write(where, source),
+        async_copy_global_to_shared=machine.copy, async_copy_shared_to_global=machine.send, store_wait=machine.sent
     )  # fmt: skip
     hopper.fence_async_shared = lambda: None
     hopper.warpgroup_mma = Product

@@ -41,14 +41,16 @@ def test_kernels_compile_well(capability, dims):
         assert not report["wgmma_serialised"], (report, messages)
 
 
-def test_spills_inside_a_loop_are_noticed():
+@pytest.mark.parametrize("capability", [90, 100])
+def test_spills_inside_a_loop_are_noticed(capability):
     """The portable kernel with four warps for a tile that needs eight or more."""
-    code = """
+    code = f"""
 import torch
 from apb.kernels import aot, masked_flash
-tiles = masked_flash.choose_tiles(torch.bfloat16, 256, (9, 0), tma=False)._replace(block_n=128, warps=4)
+tiles = masked_flash.choose_tiles(torch.bfloat16, 256, divmod({capability}, 10), tma=False)
+tiles = tiles._replace(block_n=128, warps=4)
 masked_flash.choose_tiles = lambda *_, **__: tiles
-report = aot.report_masked_flash(torch.bfloat16, 256, 90, tma=False)
+report = aot.report_masked_flash(torch.bfloat16, 256, {capability}, tma=False)
 assert report.loop_spills > 100, report
 """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -64,7 +64,7 @@ def _draw(*shape: int) -> Tensor:
 def _contenders(batch: int, keys: int) -> Iterator[tuple[str, Callable[[], object]]]:
     """Yield the name and the call of each backend and peer; ours gives the LSE, too, as FlexAttention can.
 
-    The last only sums the cache up: a short read does not come to a long one's bytes a second.
+    The last, "sum", only reads the cache: short reads do not reach the bytes a second of a large one.
     """
     q, cache = _draw(batch, Q_HEADS, 1, DIM), _draw(2, batch, KV_HEADS, keys, DIM)
     k, v = cache

@@ -28,7 +28,9 @@ def _innermost(code: list[str], labels: dict[str, int]) -> list[tuple[int, int]]
     end = max(i for i, line in enumerate(code) if re.search(r"\bEXIT\b", line))  # beyond: what waits, out of line
     found = ((re.search(r"\bBRA\b.*(\.L_x_\d+)", line), i) for i, line in enumerate(code[:end]))
     jumps = ((labels[to[1]], i) for to, i in found if to)
-    loops = {(start, stop) for start, stop in jumps if start <= stop and _count(code[start:stop], r"\b[HIQ]G?MMA\b")}
+    loops = {
+        (start, stop) for start, stop in jumps if start <= stop and _count(code[start:stop], r"\b(?:UTC)?[HIQO]G?MMA\b")
+    }
     return [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
 
 

@@ -28,8 +28,8 @@ from .hopper_channel import Channel, make_channel, pass_turn, take_turn
 
 __all__ = ["BLOCK_M", "BLOCK_N", "hopper_flash_kernel"]
 
-CONSUMERS = gl.constexpr(2)
-BLOCK_M = gl.constexpr(128)  # rows of a tile, 64 for each consumer
+_CONSUMERS = gl.constexpr(2)
+BLOCK_M = gl.constexpr(128)  # rows of a tile: 64 · consumers
 BLOCK_N = gl.constexpr(128)  # keys of a tile; its buffer later takes the rows, so not fewer than those
 _REGISTERS = gl.constexpr(240)  # of a consumer's thread; 255 is the most
 
@@ -101,8 +101,8 @@ def produce(work, q, k, v, counter):
         work.tiles.send(drawn, tile)
         batch, kv_head, head, first, _, _, _, blocks = work.locate(tile)
         work.k.fetch(filled, k, [batch, kv_head, 0, 0])  # first, since a buffer is free before the consumers leave Q
-        for consumer in gl.static_range(CONSUMERS):
-            work.q.fetch(drawn * CONSUMERS + consumer, q, [batch, head, first + consumer * 64, 0])
+        for consumer in gl.static_range(_CONSUMERS):
+            work.q.fetch(drawn * _CONSUMERS + consumer, q, [batch, head, first + consumer * 64, 0])
         work.v.fetch(filled, v, [batch, kv_head, 0, 0])
         filled += 1
         for block in range(1, blocks):
@@ -161,7 +161,7 @@ def step(work, q, acc, weights, peak, total, scale_log2, limit, block, blocks, u
     take_turn(CONSUMER)
     scores = score(work, q, used, LAYOUT_S)
     acc = add_values(work, acc, p, used - 1)
-    pass_turn((CONSUMER + 1) % CONSUMERS)
+    pass_turn((CONSUMER + 1) % _CONSUMERS)
     scores = warpgroup_mma_wait(1, deps=(scores,))
     if MASKED:
         work.release_keys(used, drawn, block == blocks - 1)
@@ -179,7 +179,7 @@ def attend_tile(work, drawn, tile, used, scale_log2, CONSUMER: gl.constexpr, LAY
                 LAYOUT_O: gl.constexpr):  # fmt: skip
     """Compute this consumer's 64 rows of a tile, but for the division: (acc, total, peak, uses of K and V)."""
     _, _, _, first, _, shift, full, blocks = work.locate(tile)
-    q_number = drawn * CONSUMERS + CONSUMER
+    q_number = drawn * _CONSUMERS + CONSUMER
     by_row: gl.constexpr = gl.SliceLayout(1, LAYOUT_S)
     if work.CAUSAL:
         limit = first + CONSUMER * 64 + shift + gl.arange(0, 64, by_row)  # the last column that each row sees
@@ -191,7 +191,7 @@ def attend_tile(work, drawn, tile, used, scale_log2, CONSUMER: gl.constexpr, LAY
     work.k.await_full(used)
     take_turn(CONSUMER)
     scores = score(work, q, used, LAYOUT_S)
-    pass_turn((CONSUMER + 1) % CONSUMERS)
+    pass_turn((CONSUMER + 1) % _CONSUMERS)
     scores = warpgroup_mma_wait(0, deps=(scores,))
     work.release_keys(used, drawn, blocks == 1)
     weights, peak, total = weigh_first(work, scores, scale_log2, limit, full, LAYOUT_S)
@@ -246,7 +246,7 @@ def consume(work, target, scale_log2, CONSUMER: gl.constexpr):
     """Compute and store 64 rows of each tile; one warpgroup."""
     LAYOUT_S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     LAYOUT_O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, work.D, 16])
-    if CONSUMER == CONSUMERS - 1:
+    if CONSUMER == _CONSUMERS - 1:
         pass_turn(0)
     drawn = 0
     used = 0
@@ -266,14 +266,14 @@ def hopper_flash_kernel(q, k, v, out, out_map, lse, counter, scale_log2, rows, c
                         D: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     """Start the warps of one program; `counter` is 0, `lse` contiguous, `out_map` describes `out` and its strides."""
     numbers = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    q_tiles = gl.allocate_shared_memory(q.dtype, [CONSUMERS, 1, 1, 64, D], q.layout)
+    q_tiles = gl.allocate_shared_memory(q.dtype, [_CONSUMERS, 1, 1, 64, D], q.layout)
     k_tiles = gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, BLOCK_N, D], k.layout)
     v_tiles = gl.allocate_shared_memory(v.dtype, [STAGES, 1, 1, BLOCK_N, D], v.layout)
-    tiles, qs = make_channel(numbers, 2, CONSUMERS), make_channel(q_tiles, CONSUMERS, 1)
-    ks, vs = make_channel(k_tiles, STAGES, CONSUMERS), make_channel(v_tiles, STAGES, CONSUMERS)
+    tiles, qs = make_channel(numbers, 2, _CONSUMERS), make_channel(q_tiles, _CONSUMERS, 1)
+    ks, vs = make_channel(k_tiles, STAGES, _CONSUMERS), make_channel(v_tiles, STAGES, _CONSUMERS)
     scored = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(2):
-        mbarrier.init(scored.index(i), count=CONSUMERS)
+        mbarrier.init(scored.index(i), count=_CONSUMERS)
     fence_async_shared()
     work = Work(tiles, qs, ks, vs, scored, rows, columns, anchor_tokens, anchor_rows, kv_heads, group, all_tiles,
                 CAUSAL, D)  # fmt: skip

@@ -2,7 +2,7 @@
 
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 python tests/gpu/sanitize.py
 
-`--tool racecheck` and `--tool synccheck` work as well. Without the checker it shows only that the kernels launch.
+Without the checker it shows only that the kernels launch. With `cpu` behind it, Triton's interpreter runs them.
 """
 
 import sys
@@ -36,13 +36,17 @@ def attend(backend: str, dim: int, gradient: bool) -> None:
         out, lse = masked_attention(q, k, v, anchor_tokens=anchor, passing_tokens=passing, backend=backend)
         if gradient:
             (out.float().sum() + lse.sum()).backward()
+    k, v = (draw(2, 2, 333, dim) for _ in "kv")
+    decode_attention(draw(2, 4, 300, dim), k, v, causal=False, backend=backend)  # many rows, all of which see all keys
+    decode_attention(draw(2, 300, 4, dim).transpose(1, 2), k[:, :, 1:], v[:, :, 1:], causal=False, backend=backend)
 
 
 def decode(dim: int) -> None:
     for rows, columns in product((1, 5), (1, 130, 3001)):
-        decode_attention(
-            draw(2, 8, rows, dim), *(draw(2, 2, columns, dim) for _ in "kv"), causal=columns >= rows, backend="triton"
-        )
+        q, k, v = draw(2, 8, rows, dim), *(draw(2, 2, columns, dim) for _ in "kv")
+        decode_attention(q, k, v, causal=columns >= rows, backend="triton")
+        lengths = torch.tensor([columns, max(1, columns // 2)], dtype=torch.int32, device=DEVICE)
+        decode_attention(q, k, v, causal=False, lengths=lengths, backend="triton")
 
 
 def compress(dim: int) -> None:
