@@ -54,8 +54,7 @@ def pooled(scores, token, tokens, stride_n, WIDTH: tl.constexpr, MEAN: tl.conste
     """Return the ordered keys of the pooled scores of `token`, 0 (below all) outside, and whether a score is NaN."""
     inside = token < tokens
     here = tl.load(scores + token.to(tl.int64) * stride_n, mask=inside, other=0.0).to(tl.float32)
-    nan = (here != here).to(tl.int32)
-    key = ordered(here)
+    best = here
     if MEAN:
         total = tl.zeros_like(here)
         count = tl.zeros_like(here)
@@ -64,14 +63,14 @@ def pooled(scores, token, tokens, stride_n, WIDTH: tl.constexpr, MEAN: tl.conste
             exists = (near >= 0) & (near < tokens)
             total += tl.load(scores + near.to(tl.int64) * stride_n, mask=exists, other=0.0).to(tl.float32)
             count += exists.to(tl.float32)
-        key = ordered(tl.div_rn(total, tl.maximum(count, 1.0)))
+        best = tl.div_rn(total, tl.maximum(count, 1.0))
     else:
         for step in tl.static_range(WIDTH):
             near = token + (step - WIDTH // 2)
             exists = (near >= 0) & (near < tokens)
             other = tl.load(scores + near.to(tl.int64) * stride_n, mask=exists, other=float("-inf")).to(tl.float32)
-            key = tl.maximum(key, ordered(other))
-    return tl.where(inside, key, 0), nan
+            best = tl.maximum(best, other, propagate_nan=tl.PropagateNan.ALL)
+    return tl.where(inside, ordered(best), 0), (here != here).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["heads", "tokens", "keep", "sweeps"])
