@@ -174,7 +174,8 @@ print(f"{'':<35} registers  spilled  shared KB\n{done.stdout}")
 # product wait for the one before ("serialised"). Nothing would be wrong with the result, and a
 # test would pass. So the library compiles all its kernels in its tests and looks for just that.
 #
-# The last two lines use what only Hopper has. We come to that; first the rest of the machine.
+# The last two lines use what only Hopper has. We come to that; first the rest of the machine. What the last kernel
+# spills are numbers put aside between its loops; inside them it spills nothing, which the tests count, too.
 #
 # ## The order of tiles
 #
