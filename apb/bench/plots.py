@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Literal
 
 from apb.bench import Row, read_rows
@@ -99,8 +100,8 @@ def _draw(panel: Any, rows: Sequence[Row], rate: Rate, ceiling: float, backends:
         labels.append(f"{case}  {row.backend}")
         value = getattr(row, rate)
         if math.isnan(value):
-            panel.text(0.01, place, row.notes or "no rate", fontsize=7, va="center",
-                       transform=panel.get_yaxis_transform())  # fmt: skip
+            why = shorten(row.notes, 80, placeholder=" …") or "no rate"
+            panel.text(0.01, place, why, fontsize=7, va="center", transform=panel.get_yaxis_transform())
             continue
         panel.barh(place, value, color=_COLOURS[backends.index(row.backend) % len(_COLOURS)])
         if math.isfinite(row.low_ms) and math.isfinite(row.high_ms):

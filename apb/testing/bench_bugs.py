@@ -123,8 +123,8 @@ BENCH_BUGS = (
     Bug(
         name="a question that stands where the document begins",
         file="bench/prefill/share.py",
-        old="start = self.plan.next_position",
-        new="start = 0",
+        old="asked + plan.next_position",
+        new="asked",
         tests="tests/test_bench_prefill_layer.py -k 'plain_decoder and ring'",
     ),
     Bug(
