@@ -65,14 +65,14 @@ def bars(ledger: Path, benchmark: str, path: str | Path) -> Path:
     if not panels:
         raise ValueError(f"benchmark: {benchmark!r} has no rates to draw in its newest run")
     heights = [0.7 + 0.24 * len(shown) + 0.2 * len({row.case for row in shown}) for shown in panels.values()]
-    figure = Figure(figsize=(8, 0.5 + sum(heights)), layout="constrained")
+    figure = Figure(figsize=(8, 0.7 + sum(heights)), layout="constrained")
     grid = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
     backends = list(dict.fromkeys(row.backend for row in rows))
     for panel, (rate, shown) in zip(grid, panels.items(), strict=True):
         _draw(panel, shown, rate, _ceiling(rows, rate), backends)
     first = rows[0]
     versions = f"torch {first.torch}, triton {first.triton}, {first.commit}, {first.date}"
-    figure.suptitle(f"{benchmark}: {first.device}, {versions}", x=0.01, ha="left", fontsize=10)
+    figure.suptitle(f"{benchmark}: {first.device}\n{versions}", x=0.01, ha="left", fontsize=10)
     figure.savefig(path)
     return path
 
