@@ -9,6 +9,7 @@ from gluon_interpreter import Box, Pointer, interpreted
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from apb.attend import check
 from apb.reference import apb_mask
 
 
@@ -57,3 +58,8 @@ def test_every_row_sees_every_key(sizes):
     q, k, v = draw_inputs(1, (1, 2, 1), *sizes, 16, torch.float16, "nan_around")
     out, lse = run(q, k, v, 0, 0, causal=False)
     assert_attention(out, lse, q, k, v, torch.ones(sizes, dtype=torch.bool))
+
+
+def test_auto_knows_the_kernels_head_dims():
+    """`check` says them once more, since torch.compile traces it and not the kernel's import."""
+    assert pytest.importorskip("apb.kernels.hopper").DIMS == check._HOPPER_DIMS

@@ -169,3 +169,8 @@ def test_packaged_heads_warn_with_another_model_and_with_an_adapter(recwarn):
     pytest.importorskip("peft")
     with pytest.warns(UserWarning, match=f"run with {DEMO_MODEL} with the adapter smollm2-135m-long, where"):
         check_job(job_with("smollm2-135m", DEMO_MODEL, Path("smollm2-135m-long")))
+
+
+def test_methods_with_heads_from_a_file_can_be_keys():
+    heads = load_retaining_head("smollm2-135m")
+    assert heads.trained_for and {APB(compressor=heads): 1} == {APB(compressor=heads): 1}

@@ -45,7 +45,7 @@ class RetainingHead(Compressor):
 
     fc1: tuple[Tensor, ...]
     fc2: tuple[Tensor, ...]
-    trained_for: Mapping[str, str] = field(default_factory=dict)
+    trained_for: Mapping[str, str] = field(default_factory=dict, compare=False)  # a dict has no hash
 
     def __repr__(self) -> str:
         """Tell checkpoints apart by the sums of their weights, so that hosts can agree on one."""

@@ -27,7 +27,7 @@ def launch(
     q: Tensor, k: Tensor, v: Tensor, anchor_tokens: int, passing_tokens: int, scale: float, stages: int,
     causal: bool = True,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Run the kernel with that many buffers; tensors that TMA cannot read are copied first."""
+    """Run the kernel with that many buffers; what TMA cannot read, or write, is copied before, or after."""
     wanted = torch.empty_like(q)
     out = wanted if tma_can_read(wanted) else torch.empty(q.shape, dtype=q.dtype, device=q.device)
     # Not x.contiguous(), which is x itself where it begins at an odd address.
