@@ -27,9 +27,10 @@ class Deadlock(AssertionError):
 class Barrier:
     """An mbarrier: a phase ends when all arrivals and all bytes of it have come."""
 
-    def __init__(self):
+    def __init__(self, count=0):
         self.changed = threading.Condition()
-        self.count = self.pending = self.bytes = self.phase = 0
+        self.bytes = self.phase = 0
+        self.init(count)
 
     def init(self, count):
         self.count = self.pending = count
@@ -138,18 +139,17 @@ class Machine:
         if self.errors:
             raise self.errors[0]
 
-    def _guarded(self, function, args, named):
-        self.named.barriers = named
+    def _guarded(self, function, args, place):
+        self.named.barriers, self.named.warps = place or ({}, 0)
         try:
             function(*args)
         except BaseException as error:
             self.errors.append(error)
 
     def specialise(self, roles, warps, registers):
-        named = {i: Barrier() for i in range(9, 16)}
-        for barrier in named.values():
-            barrier.init(2)  # 256 threads: two warp groups
-        self.run([(function, args, named) for function, args in roles])
+        named = {}  # by number and count of threads
+        self.run([(*role, (named, n)) for role, n in zip(roles, (4, *warps), strict=True)])
+        assert all(barrier.pending == barrier.count for barrier in named.values()), "arrivals that nobody came for"
 
     def copy(self, source, where, barrier, target):
         def land():
@@ -157,8 +157,7 @@ class Machine:
             source.copy(where, target.values)
             barrier.arrive(0, came=source.block_type.nbytes)
 
-        thread = threading.Thread(target=land, daemon=True)
-        thread.start()
+        threading.Thread(target=land, daemon=True).start()
 
     def send(self, target, where, source):
         """Copy a box out some time later; `sent` waits for this warp group's last one."""
@@ -169,15 +168,16 @@ class Machine:
         self.named.leaving.join()
 
     def assembly(self, text, constraints, args, **_):
-        if found := re.match(r"bar\.(sync|arrive) (\d+), 256", text):
-            barrier = self.named.barriers[int(found[2])]
-            with barrier.changed:
-                phase = barrier.phase
-            barrier.arrive()
-            if found[1] == "sync":
-                barrier.wait(phase & 1)
-            return torch.tensor(0)
-        assert text.startswith("shfl.sync"), text
+        bars = re.findall(r"(?:setp\.eq\.s32 p, \$1, (\d+); @p )?bar\.(sync|arrive) (\$1|\d+), (\d+);", text)
+        assert bars or text.startswith("shfl.sync"), text
+        for only, what, number, threads in bars:
+            if not only or int(args[0]) == int(only):
+                name = int(args[0] if number == "$1" else number), int(threads)
+                barrier = self.named.barriers.setdefault(name, Barrier(int(threads)))
+                phase = barrier.phase  # it cannot end without this warp group
+                barrier.arrive(32 * self.named.warps)
+                if what == "sync":
+                    barrier.wait(phase & 1)
         return args[0]
 
     def add(self, pointer, value):
@@ -236,7 +236,7 @@ def _language(machine):
     vars(gl).update(numbers, int32=torch.int32, int64=torch.int64)
     vars(gl).update(
         constexpr=lambda x: x, tensor=object, shared_memory_descriptor=object, static_range=range,
-        allocate_shared_memory=_allocate, convert_layout=lambda x, layout: x, to_tensor=lambda x: x,
+        allocate_shared_memory=_allocate, convert_layout=lambda x, layout, **_: x, to_tensor=lambda x: x,
         zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
         full=lambda shape, value, dtype, layout: torch.full(shape, float(value)).to(dtype),
         arange=lambda start, stop, layout: torch.arange(start, stop),
@@ -245,10 +245,10 @@ def _language(machine):
         minimum=lambda a, b: torch.minimum(torch.as_tensor(a), torch.as_tensor(b)),
         max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis), cdiv=lambda a, b: -(-a // b),
         store=_store, atomic_add=machine.add, inline_asm_elementwise=machine.assembly,
-        warp_specialize=machine.specialise, multiple_of=lambda x, n: x,
+        warp_specialize=machine.specialise, multiple_of=lambda x, n: x, thread_barrier=lambda: None,
     )  # fmt: skip
-    for name in ("NVMMADistributedLayout", "DotOperandLayout", "SliceLayout", "BlockedLayout", "SwizzledSharedLayout"):
-        setattr(gl, name, lambda *_: None)
+    for name in ("NVMMADistributed", "DistributedLinear", "DotOperand", "Slice", "Blocked", "SwizzledShared"):
+        setattr(gl, f"{name}Layout", lambda *_, **__: None)
     hopper = ModuleType("hopper")
     hopper.mbarrier = SimpleNamespace(
         MBarrierLayout=lambda: "mbarrier", init=lambda barrier, count: barrier.init(count),
@@ -287,7 +287,7 @@ def interpreted(seed=0):
     package = ModuleType("interpreted_kernels")
     package.__path__ = [str(folder)]
     stand_ins = _language(machine) | {"interpreted_kernels": package}
-    names = [*stand_ins, "interpreted_kernels.hopper_channel", "interpreted_kernels.hopper_kernel"]
+    names = [*stand_ins, *(f"interpreted_kernels.hopper_{part}" for part in ("channel", "lanes", "pairs", "kernel"))]
     before = {name: sys.modules.get(name) for name in names}
     sys.modules.update(stand_ins)
     try:

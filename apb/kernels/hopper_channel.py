@@ -5,7 +5,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.language.core import _aggregate as aggregate
 
-__all__ = ["Channel", "make_channel", "pass_turn", "take_turn"]
+__all__ = ["Channel", "copy_box", "make_channel", "pass_turn", "take_turn"]
 
 _FREE_BARRIER = 9  # the compiler's own named barriers have lower numbers
 
@@ -49,9 +49,7 @@ class Channel:
     def fetch(self, n, source, where):
         """Start the copy of the box at `where` of the tensor map `source` into use n, once that is free."""
         self.await_free(n)
-        full = self.full.index(n % self.slots)
-        mbarrier.expect(full, source.block_type.nbytes)
-        tma.async_copy_global_to_shared(source, where, full, self.buffers.index(n % self.slots))
+        copy_box(source, where, self.full.index(n % self.slots), self.buffers.index(n % self.slots))
 
     @gluon.jit
     def send(self, n, number):
@@ -68,6 +66,13 @@ class Channel:
         # Every lane holds the same number; read it from lane 0, so that the assembler knows it too.
         return gl.inline_asm_elementwise("shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;", "=r,r", [number],
                                          dtype=gl.int32, is_pure=False, pack=1)  # fmt: skip
+
+
+@gluon.jit
+def copy_box(source, where, full, buffer):
+    """Start the copy of the box at `where` of the tensor map `source` into a buffer; it arrives at `full`."""
+    mbarrier.expect(full, source.block_type.nbytes)
+    tma.async_copy_global_to_shared(source, where, full, buffer)
 
 
 @gluon.jit

@@ -3,7 +3,7 @@
 One program per multiprocessor draws tiles of rows until none is left. In it, one warp fetches and two consumers, a
 warpgroup of 64 rows each, compute; they hand each other turns, so that one's softmax runs under another's products:
 
-    producer     │ tile, Q │ K₀ V₀ │ K₁ V₁ │ K₂ V₂ │ …                      by TMA, into rings of STAGES buffers
+    producer     │ tile, K₀, Q │ K₁ V₀ │ K₂ V₁ │ …                          by TMA, into a ring of STAGES pairs
     consumer 0   │         │ Q K₀ᵀ │ softmax₀ │ Q K₁ᵀ, P₀V₀ │ softmax₁ │ …
     consumer 1   │                 │ Q K₀ᵀ    │ softmax₀    │ Q K₁ᵀ, P₀V₀ │ …
 
@@ -25,6 +25,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.core import _aggregate as aggregate
 
 from .hopper_channel import Channel, make_channel, pass_turn, take_turn
+from .hopper_lanes import add_by_lane, spread_over_lanes
+from .hopper_pairs import Pairs, make_pairs
 
 __all__ = ["BLOCK_M", "BLOCK_N", "hopper_flash_kernel"]
 
@@ -40,8 +42,7 @@ class Work:
 
     tiles: Channel
     q: Channel
-    k: Channel
-    v: Channel
+    pairs: Pairs
     scored: gl.shared_memory_descriptor  # for two tiles in turn: every consumer has its last scores
     rows: gl.tensor
     columns: gl.tensor
@@ -54,9 +55,9 @@ class Work:
     D: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, tiles, q, k, v, scored, rows, columns, anchor_tokens, anchor_rows, kv_heads, group, all_tiles,
+    def __init__(self, tiles, q, pairs, scored, rows, columns, anchor_tokens, anchor_rows, kv_heads, group, all_tiles,
                  CAUSAL, D):  # fmt: skip
-        self.tiles, self.q, self.k, self.v, self.scored = tiles, q, k, v, scored
+        self.tiles, self.q, self.pairs, self.scored = tiles, q, pairs, scored
         self.rows, self.columns = rows, columns
         self.anchor_tokens, self.anchor_rows = anchor_tokens, anchor_rows
         self.kv_heads, self.group, self.all_tiles = kv_heads, group, all_tiles
@@ -84,60 +85,66 @@ class Work:
         full = gl.minimum(full, blocks - 1)  # the last is taken for masked in any case
         return batch, kv_head, kv_head * self.group + tile % self.group, first, end, shift, full, blocks
 
-    @gluon.jit
-    def release_keys(self, used, drawn, last):
-        """Release use number `used` of the keys; if it is the tile's last, keep it for the rows, and say so."""
-        mbarrier.arrive(self.k.empty.index(used % self.k.slots), count=1, pred=last == 0)
-        mbarrier.arrive(self.scored.index(drawn % 2), count=1, pred=last)
-
 
 @gluon.jit
 def produce(work, q, k, v, counter):
     """Draw tiles, tell the consumers which, and fetch what they need; one warp."""
     filled = 0
     drawn = 0
+    v_batch, v_head, v_row = 0, 0, 0  # where a tile's last values are: they come with the next one's first keys
     tile = gl.atomic_add(counter, 1)
     while tile < work.all_tiles:
         work.tiles.send(drawn, tile)
         batch, kv_head, head, first, _, _, _, blocks = work.locate(tile)
-        work.k.fetch(filled, k, [batch, kv_head, 0, 0])  # first, since a buffer is free before the consumers leave Q
-        for consumer in gl.static_range(_CONSUMERS):
+        work.pairs.await_free(filled)
+        if filled > 0:
+            work.pairs.fetch_values(filled, v, [v_batch, v_head, v_row, 0])
+        else:
+            work.pairs.leave_out(filled)
+        work.pairs.fetch_keys(filled, k, [batch, kv_head, 0, 0])
+        for consumer in gl.static_range(_CONSUMERS):  # after the values, without which nobody leaves Q's buffer
             work.q.fetch(drawn * _CONSUMERS + consumer, q, [batch, head, first + consumer * 64, 0])
-        work.v.fetch(filled, v, [batch, kv_head, 0, 0])
         filled += 1
         for block in range(1, blocks):
-            work.k.fetch(filled, k, [batch, kv_head, block * BLOCK_N, 0])
-            work.v.fetch(filled, v, [batch, kv_head, block * BLOCK_N, 0])
+            work.pairs.await_free(filled)
+            work.pairs.fetch_keys(filled, k, [batch, kv_head, block * BLOCK_N, 0])
+            work.pairs.fetch_values(filled, v, [batch, kv_head, (block - 1) * BLOCK_N, 0])
             filled += 1
+        v_batch, v_head, v_row = batch, kv_head, (blocks - 1) * BLOCK_N
         drawn += 1
         tile = gl.atomic_add(counter, 1)
     work.tiles.send(drawn, tile)  # beyond the last: the consumers end too
+    if filled > 0:
+        work.pairs.await_free(filled)
+        work.pairs.fetch_values(filled, v, [v_batch, v_head, v_row, 0])
+        work.pairs.leave_out(filled)
+        work.pairs.drain(filled)
 
 
 @gluon.jit
 def weigh(scores, peak, total, scale_log2, limit, columns, MASKED: gl.constexpr):
-    """Take a block's scores into the online softmax: (2^(score − peak), peak, Σ of it, decay of what came before)."""
+    """Take a block's scores into the online softmax: (2^(score − peak), peak, Σ by lane, decay of the former)."""
     if MASKED:
         scores = gl.where(columns[None, :] <= limit[:, None], scores, float("-inf"))
     # Every row sees column 0, so its peak is finite from the first block on: no (−inf) − (−inf) below.
     new_peak = gl.maximum(peak, gl.max(scores, 1) * scale_log2)
     weights = gl.exp2(scores * scale_log2 - new_peak[:, None])
     decay = gl.exp2(peak - new_peak)
-    return weights, new_peak, total * decay + gl.sum(weights, 1), decay
+    return weights, new_peak, total * spread_over_lanes(decay) + add_by_lane(weights), decay
 
 
 @gluon.jit
 def score(work, q, used, LAYOUT: gl.constexpr):
-    """Issue Q Kᵀ for use number `used` of the keys' channel, which must be full."""
-    keys = work.k.buffers.index(used % work.k.slots).reshape([BLOCK_N, work.D]).permute((1, 0))
+    """Issue Q Kᵀ for the keys of pair `used`, which must be full."""
+    keys = work.pairs.k.index(used % work.pairs.slots).reshape([BLOCK_N, work.D]).permute((1, 0))
     zero = gl.zeros([64, BLOCK_N], gl.float32, LAYOUT)
     return warpgroup_mma(q, keys, zero, use_acc=False, is_async=True)
 
 
 @gluon.jit
 def add_values(work, acc, weights, used):
-    """Wait for use number `used` of the values' channel, and issue acc + P V."""
-    values = work.v.await_full(used).reshape([BLOCK_N, work.D])
+    """Issue acc + P V for the values of pair `used`, which must be full."""
+    values = work.pairs.v.index(used % work.pairs.slots).reshape([BLOCK_N, work.D])
     return warpgroup_mma(weights, values, acc, is_async=True)
 
 
@@ -149,35 +156,36 @@ def weigh_first(work, scores, scale_log2, limit, full, LAYOUT: gl.constexpr):
         scores = gl.where(columns[None, :] <= limit[:, None], scores, float("-inf"))
     peak = gl.max(scores, 1) * scale_log2
     weights = gl.exp2(scores * scale_log2 - peak[:, None])
-    return weights, peak, gl.sum(weights, 1)
+    return weights, peak, add_by_lane(weights)
 
 
 @gluon.jit
 def step(work, q, acc, weights, peak, total, scale_log2, limit, block, blocks, used, drawn, CONSUMER: gl.constexpr,
          LAYOUT_S: gl.constexpr, LAYOUT_O: gl.constexpr, MASKED: gl.constexpr):  # fmt: skip
     """Issue Q Kⱼᵀ and Pⱼ₋₁ Vⱼ₋₁, and take the scores into the softmax while the second product runs."""
-    p = gl.convert_layout(weights.to(work.v.buffers.dtype), gl.DotOperandLayout(0, LAYOUT_O, 2))
-    work.k.await_full(used)
+    p = gl.convert_layout(weights.to(work.pairs.v.dtype), gl.DotOperandLayout(0, LAYOUT_O, 2))
+    work.pairs.await_full(used)
     take_turn(CONSUMER)
     scores = score(work, q, used, LAYOUT_S)
-    acc = add_values(work, acc, p, used - 1)
+    acc = add_values(work, acc, p, used)
     pass_turn((CONSUMER + 1) % _CONSUMERS)
     scores = warpgroup_mma_wait(1, deps=(scores,))
     if MASKED:
-        work.release_keys(used, drawn, block == blocks - 1)
-    else:
-        work.k.release(used)
+        mbarrier.arrive(work.scored.index(drawn % 2), count=1, pred=block == blocks - 1)
     columns = block * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT_S))
     weights, peak, total, decay = weigh(scores, peak, total, scale_log2, limit, columns, MASKED)
     acc = warpgroup_mma_wait(0, deps=(acc,))
-    work.v.release(used - 1)
+    if MASKED:
+        work.pairs.release_if(used, block < blocks - 1)  # the tile's last keys make room for its rows
+    else:
+        work.pairs.release(used)
     return acc * gl.convert_layout(decay, gl.SliceLayout(1, LAYOUT_O))[:, None], weights, peak, total
 
 
 @gluon.jit
 def attend_tile(work, drawn, tile, used, scale_log2, CONSUMER: gl.constexpr, LAYOUT_S: gl.constexpr,
                 LAYOUT_O: gl.constexpr):  # fmt: skip
-    """Compute this consumer's 64 rows of a tile, but for the division: (acc, total, peak, uses of K and V)."""
+    """Compute this consumer's 64 rows of a tile, but for the division: (acc, total, peak, pair of its last values)."""
     _, _, _, first, _, shift, full, blocks = work.locate(tile)
     q_number = drawn * _CONSUMERS + CONSUMER
     by_row: gl.constexpr = gl.SliceLayout(1, LAYOUT_S)
@@ -188,12 +196,14 @@ def attend_tile(work, drawn, tile, used, scale_log2, CONSUMER: gl.constexpr, LAY
     acc = gl.zeros([64, work.D], gl.float32, LAYOUT_O)
 
     q = work.q.await_full(q_number).reshape([64, work.D])
-    work.k.await_full(used)
+    work.pairs.await_full(used)
     take_turn(CONSUMER)
     scores = score(work, q, used, LAYOUT_S)
     pass_turn((CONSUMER + 1) % _CONSUMERS)
     scores = warpgroup_mma_wait(0, deps=(scores,))
-    work.release_keys(used, drawn, blocks == 1)
+    mbarrier.arrive(work.scored.index(drawn % 2), count=1, pred=blocks == 1)
+    gl.thread_barrier()  # the compiler wants one between an arrival and a wait: better here than in every step
+    work.pairs.release_if(used, blocks > 1)  # the values in it were the last tile's
     weights, peak, total = weigh_first(work, scores, scale_log2, limit, full, LAYOUT_S)
     used += 1
     for block in range(1, full):
@@ -205,19 +215,20 @@ def attend_tile(work, drawn, tile, used, scale_log2, CONSUMER: gl.constexpr, LAY
                                          drawn, CONSUMER, LAYOUT_S, LAYOUT_O, True)  # fmt: skip
         used += 1
     work.q.release(q_number)
-    p = gl.convert_layout(weights.to(work.v.buffers.dtype), gl.DotOperandLayout(0, LAYOUT_O, 2))
-    acc = warpgroup_mma_wait(0, deps=(add_values(work, acc, p, used - 1),))
-    work.v.release(used - 1)
+    p = gl.convert_layout(weights.to(work.pairs.v.dtype), gl.DotOperandLayout(0, LAYOUT_O, 2))
+    work.pairs.await_full(used)
+    acc = warpgroup_mma_wait(0, deps=(add_values(work, acc, p, used),))
     return acc, total, peak, used
 
 
 @gluon.jit
 def store_rows(work, target, acc, total, peak, tile, used, drawn, CONSUMER: gl.constexpr, LAYOUT_S: gl.constexpr,
                LAYOUT_O: gl.constexpr):  # fmt: skip
-    """Divide and store this consumer's rows of a tile, whose last use of the keys, `used` − 1, is kept for them."""
+    """Divide and store this consumer's rows of a tile, for which pair `used` − 1, with its last keys, is kept."""
     out, out_map, lse, stride_b, stride_h, stride_n = target
     batch, _, head, first, end, _, _, _ = work.locate(tile)
     first += CONSUMER * 64
+    total = gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, LAYOUT_S), assert_trivial=True)
     row = gl.arange(0, 64, gl.SliceLayout(1, LAYOUT_S))
     lse_row = (batch.to(gl.int64) * work.kv_heads * work.group + head) * work.rows + first
     gl.store(lse + lse_row + row, (peak + gl.log2(total)) * 0.6931471805599453, mask=first + row < end)
@@ -225,7 +236,7 @@ def store_rows(work, target, acc, total, peak, tile, used, drawn, CONSUMER: gl.c
     acc = acc.to(out.dtype.element_ty)
     mbarrier.wait(work.scored.index(drawn % 2), drawn // 2 & 1)
     if (first + 64 <= end) | (end == work.rows):  # TMA leaves out what lies beyond the last row
-        keys = work.k.buffers.index((used - 1) % work.k.slots)
+        keys = work.pairs.k.index((used - 1) % work.pairs.slots)
         room = keys._reinterpret(keys.dtype, [BLOCK_N // 64, 1, 1, 64, work.D], work.q.buffers.layout)
         room = room.index(CONSUMER)
         room.reshape([64, work.D]).store(acc)
@@ -238,7 +249,7 @@ def store_rows(work, target, acc, total, peak, tile, used, drawn, CONSUMER: gl.c
         begin = batch.to(gl.int64) * stride_b + head.to(gl.int64) * stride_h + (first + line).to(gl.int64) * stride_n
         begin = gl.multiple_of(begin // 8 * 8, [8])  # as TMA needs them; the compiler cannot know
         gl.store(out + begin[:, None] + dim[None, :], acc, mask=(first + line < end)[:, None])
-    work.k.release(used - 1)
+    work.pairs.release(used - 1)
 
 
 @gluon.jit
@@ -270,12 +281,12 @@ def hopper_flash_kernel(q, k, v, out, out_map, lse, counter, scale_log2, rows, c
     k_tiles = gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, BLOCK_N, D], k.layout)
     v_tiles = gl.allocate_shared_memory(v.dtype, [STAGES, 1, 1, BLOCK_N, D], v.layout)
     tiles, qs = make_channel(numbers, 2, _CONSUMERS), make_channel(q_tiles, _CONSUMERS, 1)
-    ks, vs = make_channel(k_tiles, STAGES, _CONSUMERS), make_channel(v_tiles, STAGES, _CONSUMERS)
+    pairs = make_pairs(k_tiles, v_tiles, STAGES)
     scored = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(2):
         mbarrier.init(scored.index(i), count=_CONSUMERS)
     fence_async_shared()
-    work = Work(tiles, qs, ks, vs, scored, rows, columns, anchor_tokens, anchor_rows, kv_heads, group, all_tiles,
+    work = Work(tiles, qs, pairs, scored, rows, columns, anchor_tokens, anchor_rows, kv_heads, group, all_tiles,
                 CAUSAL, D)  # fmt: skip
     target = (out, out_map, lse, stride_b, stride_h, stride_n)
     gl.warp_specialize([

@@ -22,8 +22,8 @@ HOPPER_BUGS = (
     Bug(
         name="the Hopper kernel reads sums that the tensor cores still add to",
         file="kernels/hopper_kernel.py",
-        old="acc = warpgroup_mma_wait(0, deps=(acc,))\n    work.v.release",
-        new="acc = warpgroup_mma_wait(1, deps=(acc,))\n    work.v.release",
+        old="acc = warpgroup_mma_wait(0, deps=(acc,))\n    if MASKED",
+        new="acc = warpgroup_mma_wait(1, deps=(acc,))\n    if MASKED",
         tests="tests/test_hopper_kernel.py -k fit_the_tiles",
     ),
     Bug(
@@ -51,6 +51,27 @@ HOPPER_BUGS = (
         name="the Hopper kernel gives the rows' buffer back before they have left",
         file="kernels/hopper_kernel.py",
         old="        tma.store_wait(0)\n",
+        new="",
+        tests="tests/test_hopper_kernel.py -k fit_the_tiles",
+    ),
+    Bug(
+        name="the Hopper kernel fetches a tile's last values from its first block",
+        file="kernels/hopper_kernel.py",
+        old="batch, kv_head, (blocks - 1) * BLOCK_N\n",
+        new="batch, kv_head, 0\n",
+        tests="tests/test_hopper_kernel.py -k any_lengths",
+    ),
+    Bug(
+        name="the Hopper kernel fills a pair that is still in use",
+        file="kernels/hopper_pairs.py",
+        old="if n >= self.slots:",
+        new="if n > self.slots:",
+        tests="tests/test_hopper_kernel.py -k any_lengths",
+    ),
+    Bug(
+        name="the Hopper kernel ends with arrivals that nobody came for",
+        file="kernels/hopper_kernel.py",
+        old="        work.pairs.drain(filled)\n",
         new="",
         tests="tests/test_hopper_kernel.py -k fit_the_tiles",
     ),
