@@ -16,7 +16,6 @@ from apb.bench.prefill.run import cases, run_prefill
 from apb.bench.prefill.share import Share
 from apb.bench.prefill.store import key
 from apb.context import Trace
-from apb.methods import Ring
 from apb.parallel import HostFailed, LoneHost, run_processes, run_threads
 
 MS = [f"{name}_ms" for name in PHASES]
@@ -87,7 +86,7 @@ def test_simulated_rows_are_whole(name):
 
 @pytest.mark.parametrize("name", SPREAD)
 def test_simulated_messages_cost_what_thread_hosts_count(name):
-    """Each byte and each message, in the prefill and in the question's pass; Ring's as far as they do not hide."""
+    """Each byte and message, in the prefill and the question's pass; as far as they do not hide under attention."""
     one = case(name, tokens=1021, hosts=3)
     model = decoder()
     method, plan = contender(name, 1021, 3, model)
@@ -107,7 +106,7 @@ def test_simulated_messages_cost_what_thread_hosts_count(name):
     free = Link(latency_ms=0, gbytes_per_s=math.inf)
     hosts = [simulated._time_host(one, model, method, rank, 2) for rank in range(3)]
     costly, gratis = (simulated._put_together(one, hosts, link) for link in (LINK, free))
-    hidden = gratis["attention_ms"] if isinstance(method, Ring) else 0.0
+    hidden = gratis["attention_ms"] if method.sends_under_attention else 0.0
     extra = max(0.0, prefill - hidden)
     assert costly["communicate_ms"] - gratis["communicate_ms"] == pytest.approx(extra)
     assert costly["layer_ms"] - gratis["layer_ms"] == pytest.approx(extra)

@@ -64,6 +64,11 @@ class APB(Method):
         """What the compressor reads beside q, k and v."""
         return self.compressor.needs
 
+    @property
+    def sends_under_attention(self) -> bool:
+        """In zigzag, since the gather of a host's second block is not read until its first block has attended."""
+        return self.layout == "zigzag"
+
     def prepare(self, shape: ModelShape, device: torch.device, dtype: torch.dtype) -> "APB":
         """Prepare the compressor."""
         return replace(self, compressor=self.compressor.prepare(shape, device, dtype))

@@ -63,6 +63,11 @@ class Method(ABC):
         return frozenset()
 
     @property
+    def sends_under_attention(self) -> bool:
+        """Whether its messages travel while hosts attend: they take time of their own only where they outlast that."""
+        return False
+
+    @property
     def dense_backend(self) -> Backend:
         """Who computes what "flex" and "hopper" have no answer for: rectangles, decoding, and lists of tiles."""
         return "auto" if self.backend in ("flex", "hopper") else self.backend

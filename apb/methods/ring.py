@@ -37,6 +37,11 @@ class Ring(Method):
         super().__post_init__()
         check_choice("layout", self.layout, get_args(Layout))
 
+    @property
+    def sends_under_attention(self) -> bool:
+        """A step's send is under way while the step before it computes."""
+        return True
+
     def plan(self, *, tokens: int, hosts: int, query: int = 0, query_offset: int = 0) -> ContextPlan:
         """Cut one block a host, or two in zigzag; arguments and errors as `Method.plan`."""
         return plan_context(tokens=tokens, hosts=hosts, query=query, query_in="after", layout=self.layout)

@@ -4,8 +4,8 @@
     time to first token = layers · layer + the question's pass
 
 A host waits for no other in here, as it may inside a real layer. Messages are charged in full, as if nothing ran under
-them, but for Ring, whose sends run under its computing: there the larger of attention and messages is charged. The
-embedding of the rows, one copy, is left out, and so is what a GPU waits for Python.
+them, but for methods that send while they attend: there the larger of attention and messages is charged. The embedding
+of the rows, one copy, is left out, and so is what a GPU waits for Python.
 """
 
 import math
@@ -25,7 +25,7 @@ from apb.bench.prefill.record import PrefillRow
 from apb.bench.prefill.share import Share
 from apb.context import Trace
 from apb.memory import PeakMemory
-from apb.methods import Method, Ring
+from apb.methods import Method
 from apb.parallel import LoneHost
 from apb.parallel.host import Counters
 
@@ -153,7 +153,7 @@ def _put_together(case: Case, hosts: list[_Timed], link: Link) -> dict[str, Any]
     layers = [_middle(host.layers) for host in hosts]
     slowest = max(layers, key=lambda phases: phases["layer"])
     messages = max(_messages_ms(host.sent[0], link) for host in hosts)
-    if isinstance(case.method, Ring):
+    if case.method.sends_under_attention:
         messages = max(0.0, messages - sum(slowest.get(name, 0.0) for name in ("attend", "merge")))
     columns = phase_columns(slowest, slowest["layer"] + messages, messages)
     question = max(_middle(host.questions).get("layer", 0.0) for host in hosts)
@@ -182,7 +182,7 @@ def _link_note(case: Case, link: Link) -> str:
     """Say what messages were charged."""
     if case.hosts == 1:
         return ""
-    return f"{link.note}{', sends under the attention' * isinstance(case.method, Ring)}"
+    return f"{link.note}{', sends under the attention' * case.method.sends_under_attention}"
 
 
 def _room_note(peak_gbytes: float, device: torch.device) -> str:
