@@ -168,6 +168,8 @@ class Machine:
         self.named.leaving.join()
 
     def assembly(self, text, constraints, args, **_):
+        if "mul.f32" in text:  # of two tensors, left out where it changes nothing
+            return args[0] * args[1]
         bars = re.findall(r"(?:setp\.eq\.s32 p, \$1, (\d+); @p )?bar\.(sync|arrive) (\$1|\d+), (\d+);", text)
         assert bars or text.startswith("shfl.sync"), text
         for only, what, number, threads in bars:
@@ -246,6 +248,7 @@ def _language(machine):
         max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis), cdiv=lambda a, b: -(-a // b),
         store=_store, atomic_add=machine.add, inline_asm_elementwise=machine.assembly,
         warp_specialize=machine.specialise, multiple_of=lambda x, n: x, thread_barrier=lambda: None,
+        broadcast=torch.broadcast_tensors,
     )  # fmt: skip
     for name in ("NVMMADistributed", "DistributedLinear", "DotOperand", "Slice", "Blocked", "SwizzledShared"):
         setattr(gl, f"{name}Layout", lambda *_, **__: None)

@@ -7,7 +7,8 @@ warpgroup of 64 rows each, compute; they hand each other turns, so that one's so
     consumer 0   │         │ Q K₀ᵀ │ softmax₀ │ Q K₁ᵀ, P₀V₀ │ softmax₁ │ …
     consumer 1   │                 │ Q K₀ᵀ    │ softmax₀    │ Q K₁ᵀ, P₀V₀ │ …
 
-Q Kⱼᵀ is issued before Pⱼ₋₁ Vⱼ₋₁: the scores of the next keys are there when the softmax of these is done. Tiles differ
+Q Kⱼᵀ is issued before Pⱼ₋₁ Vⱼ₋₁: the scores of the next keys are there when the softmax of these is done. A row's peak
+follows its scores only when they leave it far behind, so that in most steps nothing has to be rescaled. Tiles differ
 in length, so that equal shares would leave some programs waiting: each draws its next tile from a counter, in the
 order KV head by KV head (its keys then stay in L2), longest first, the query heads that share the keys side by side.
 A tile's rows leave by TMA as well, through the buffer of its last keys, once every consumer has its scores from them.
@@ -25,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.core import _aggregate as aggregate
 
 from .hopper_channel import Channel, make_channel, pass_turn, take_turn
-from .hopper_lanes import add_by_lane, spread_over_lanes
+from .hopper_lanes import add_by_lane, raise_peak, rescale, spread_over_lanes
 from .hopper_pairs import Pairs, make_pairs
 
 __all__ = ["BLOCK_M", "BLOCK_N", "hopper_flash_kernel"]
@@ -127,7 +128,7 @@ def weigh(scores, peak, total, scale_log2, limit, columns, MASKED: gl.constexpr)
     if MASKED:
         scores = gl.where(columns[None, :] <= limit[:, None], scores, float("-inf"))
     # Every row sees column 0, so its peak is finite from the first block on: no (−inf) − (−inf) below.
-    new_peak = gl.maximum(peak, gl.max(scores, 1) * scale_log2)
+    new_peak = raise_peak(peak, gl.max(scores, 1) * scale_log2)
     weights = gl.exp2(scores * scale_log2 - new_peak[:, None])
     decay = gl.exp2(peak - new_peak)
     return weights, new_peak, total * spread_over_lanes(decay) + add_by_lane(weights), decay
@@ -179,7 +180,7 @@ def step(work, q, acc, weights, peak, total, scale_log2, limit, block, blocks, u
         work.pairs.release_if(used, block < blocks - 1)  # the tile's last keys make room for its rows
     else:
         work.pairs.release(used)
-    return acc * gl.convert_layout(decay, gl.SliceLayout(1, LAYOUT_O))[:, None], weights, peak, total
+    return rescale(acc, gl.convert_layout(decay, gl.SliceLayout(1, LAYOUT_O))[:, None]), weights, peak, total
 
 
 @gluon.jit

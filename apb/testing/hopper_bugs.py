@@ -29,7 +29,7 @@ HOPPER_BUGS = (
     Bug(
         name="the Hopper kernel does not rescale what it has summed",
         file="kernels/hopper_kernel.py",
-        old="return acc * gl.convert_layout(decay, gl.SliceLayout(1, LAYOUT_O))[:, None], weights",
+        old="return rescale(acc, gl.convert_layout(decay, gl.SliceLayout(1, LAYOUT_O))[:, None]), weights",
         new="return acc, weights",
         tests="tests/test_hopper_kernel.py -k fit_the_tiles",
     ),
