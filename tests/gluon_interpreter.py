@@ -167,9 +167,15 @@ class Machine:
     def sent(self, left):
         self.named.leaving.join()
 
-    def assembly(self, text, constraints, args, **_):
-        if "mul.f32" in text:  # of two tensors, left out where it changes nothing
-            return args[0] * args[1]
+    def assembly(self, text, constraints, args, dtype, **_):
+        if text.startswith("cvt.rn"):
+            return args[0].to(dtype)
+        if "vote.sync" in text:  # of all warps of the group at once: the others gain nothing by it, nor lose
+            self.named.vote = not bool((args[0] <= 2**12).all())
+        if text.startswith("selp"):
+            return int(self.named.vote)
+        if "apb_vote" in text:
+            return args[0]
         bars = re.findall(r"(?:setp\.eq\.s32 p, \$1, (\d+); @p )?bar\.(sync|arrive) (\$1|\d+), (\d+);", text)
         assert bars or text.startswith("shfl.sync"), text
         for only, what, number, threads in bars:
@@ -248,7 +254,6 @@ def _language(machine):
         max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis), cdiv=lambda a, b: -(-a // b),
         store=_store, atomic_add=machine.add, inline_asm_elementwise=machine.assembly,
         warp_specialize=machine.specialise, multiple_of=lambda x, n: x, thread_barrier=lambda: None,
-        broadcast=torch.broadcast_tensors,
     )  # fmt: skip
     for name in ("NVMMADistributed", "DistributedLinear", "DotOperand", "Slice", "Blocked", "SwizzledShared"):
         setattr(gl, f"{name}Layout", lambda *_, **__: None)

@@ -19,7 +19,7 @@ from apb.kernels import retaining_head
 from apb.kernels.masked_flash import tma_can_read
 from apb.kernels.retaining_head import Tiles, retaining_head_scores
 from apb.kernels.score import score_keys
-from apb.kernels.select import Cut, gather_kept, launch, select_kept
+from apb.kernels.select import Cut, choose_cut, gather_kept, launch, select_kept
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs under the interpreter; see tests/gpu")
 
@@ -45,21 +45,45 @@ def test_selects_as_the_reference(seed, tokens, distinct, pool, dtype, data):
     assert torch.equal(indices, reference.kept_indices(pool(scores.float()), keep))
 
 
-@given(seed=SEEDS, distinct=st.sampled_from([0, 2]), width=st.sampled_from([1, 5]), keep=st.integers(1, 300))
-@settings(max_examples=4)
-def test_selects_as_the_reference_in_many_sweeps(seed, distinct, width, keep):
-    """Windows and ties go on over the edge of a sweep."""
-    scores = draw_scores(seed, 300, distinct)
+@given(seed=SEEDS, tokens=st.sampled_from([3, 64, 300]), distinct=st.sampled_from([0, 2]),
+       width=st.sampled_from([1, 5]), parts=st.sampled_from([1, 2, 8]), data=st.data())  # fmt: skip
+@settings(max_examples=8)
+def test_selects_as_the_reference_in_many_sweeps_and_parts(seed, tokens, distinct, width, parts, data):
+    """Windows and ties go on over the edges; the last parts may have few tokens or none."""
+    scores, keep = draw_scores(seed, tokens, distinct), data.draw(st.integers(1, tokens))
     pooled = MaxPool(kernel=width)(scores)
-    assert torch.equal(launch(scores, keep, width, False, Cut(128, 4, 2))[0], reference.kept_indices(pooled, keep))
+    assert torch.equal(launch(scores, keep, width, False, Cut(64, 2, parts))[0], reference.kept_indices(pooled, keep))
+
+
+def test_whatever_memory_held_before(monkeypatch):
+    """A part finds its own keys and histograms; NaN in any part is the head's."""
+    scores = draw_scores(0, 130, 0, rows=(1, 3))
+    scores[0, 1, 0], scores[0, 2, 129] = torch.nan, torch.nan
+    truth = select(scores, 33)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: empty(*shape, **options).fill_(2**30 + 1))
+    indices, nans = launch(scores, 33, 1, False, Cut(32, 1, 4))
+    assert torch.equal(indices, truth) and nans.tolist() == [[False, True, True]]
+
+
+def test_counts_the_most_tokens():
+    """Half of them are higher than the others, and of these all but the last one are kept."""
+    scores = (torch.arange(2**21 - 1) % 2).float()[None, None]
+    found = launch(scores, 2**21 - 2, 1, False, Cut(16384, 4, 16))[0]
+    assert torch.equal(found[0, 0], torch.arange(2**21 - 2))
 
 
 def test_a_full_sweep_of_ties_fills_its_fields():
-    """All of 16384 tokens are equal, and the tie goes on in the next sweep."""
+    """All of 16384 tokens are equal, and the tie goes on in the next sweep or part."""
     scores = torch.zeros(1, 1, 16384 + 40)
     scores[..., 3] = 1
-    for keep in (16384, 16390):
-        assert torch.equal(launch(scores, keep, 1, False, Cut(16384, 4, 1))[0], select(scores, keep))
+    for keep, parts in ((16384, 1), (16390, 2)):
+        assert torch.equal(launch(scores, keep, 1, False, Cut(16384, 4, parts))[0], select(scores, keep))
+
+
+def test_a_cut_gives_every_part_work():
+    cuts = {tokens: choose_cut(tokens).parts for tokens in (1, 1024, 1025, 4096, 5000, 65536, 2**21 - 1)}
+    assert cuts == {1: 1, 1024: 1, 1025: 2, 4096: 4, 5000: 8, 65536: 16, 2**21 - 1: 16}
 
 
 def test_special_values_have_their_order():

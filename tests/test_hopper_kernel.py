@@ -60,6 +60,15 @@ def test_every_row_sees_every_key(sizes):
     assert_attention(out, lse, q, k, v, torch.ones(sizes, dtype=torch.bool))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scores_that_grow(dtype):
+    """Beyond the range of float32, in some rows: their peaks must follow."""
+    q, k, v = draw_inputs(2, (1, 1, 1), 150, 400, 16, dtype)
+    k, q = k * torch.linspace(0.1, 20, 400, dtype=dtype)[:, None], q * (torch.arange(150) % 64 < 20)[:, None]
+    out, lse = run(q, k, v, 30, 250)
+    assert_attention(out, lse, q, k, v, apb_mask(150, 400, 30, 250))
+
+
 def test_auto_knows_the_kernels_head_dims():
     """`check` says them once more, since torch.compile traces it and not the kernel's import."""
     assert pytest.importorskip("apb.kernels.hopper").DIMS == check._HOPPER_DIMS

@@ -42,7 +42,7 @@ def pool_and_select(
         scores: of any float dtype.
         keep: 0 ≤ keep ≤ tokens.
         pool: any; "triton" computes `MaxPool` and `MeanPool` of up to 5 tokens itself, and lets others run before.
-        backend: "torch" runs anywhere; "triton" pools and selects in one launch, of up to 2²¹ − 1 tokens; "auto"
+        backend: "torch" runs anywhere; "triton" pools and selects in kernels, of up to 2²¹ − 1 tokens; "auto"
             takes it on CUDA, as far as it goes.
 
     Raises:

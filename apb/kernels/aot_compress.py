@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any
+from itertools import product
+from typing import Any, Literal
 
 import torch
 import triton
@@ -13,12 +14,24 @@ from .aot import TRITON_NAME, Report, compile_kernel, what
 __all__ = ["compress_reports", "report_gather", "report_retaining_head", "report_score", "report_select"]
 
 
-def report_select(dtype: torch.dtype, tokens: int, width: int, capability: int, *, mean: bool = False) -> Report:
-    """Compile the selection for scores of a dtype, with the cut for a number of tokens."""
+def report_select(
+    step: Literal["pool", "narrow", "admit"],
+    tokens: int,
+    capability: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    width: int = 1,
+    mean: bool = False,
+) -> Report:
+    """Compile a step of the selection, with the cut for a number of tokens; what to pool is read by the first alone."""
     cut = select.choose_cut(tokens)
-    types = {"scores": f"*{TRITON_NAME[dtype]}", "scratch": "*u32", "indices": "*i64", "nans": "*i1"}
-    constants = {"stride_n": 1, "WIDTH": width, "MEAN": mean, "BLOCK": cut.block, "UNROLL": cut.unroll}
-    return compile_kernel(select.select_kernel, types, constants, capability=capability, warps=cut.warps, stages=3)
+    types = {"scores": f"*{TRITON_NAME[dtype]}", "keys": "*u32", "indices": "*i64", "nans": "*i1"}
+    types |= {x: "*i32" for x in ("notes", "noted", "first", "last")}
+    constants = {"PARTS": cut.parts, "BLOCK": cut.block}
+    if step == "pool":
+        constants |= {"stride_n": 1, "WIDTH": width, "MEAN": mean}
+    kernel = {"pool": select.pool_kernel, "narrow": select.narrow_kernel, "admit": select.admit_kernel}[step]
+    return compile_kernel(kernel, types, constants, capability=capability, warps=cut.warps, stages=3)
 
 
 def report_gather(dtype: torch.dtype, dim: int, capability: int) -> Report:
@@ -58,8 +71,11 @@ def report_retaining_head(dtype: torch.dtype, dim: int, width: int, capability: 
 def compress_reports(capability: int) -> Iterator[dict[str, Any]]:
     """Compile each kernel with each of its cuts for one capability; yield what it is and its report."""
     for tokens, width, mean in ((500, 1, False), (16384, 5, False), (16384, 5, True)):
-        report = report_select(torch.float32, tokens, width, capability, mean=mean)
-        yield what(f"select {tokens} width {width}", torch.float32, 0, capability) | asdict(report)
+        report = report_select("pool", tokens, capability, width=width, mean=mean)
+        yield what(f"select pool {tokens} width {width}", torch.float32, 0, capability) | asdict(report)
+    for step, tokens in product(("narrow", "admit"), (500, 16384)):
+        report = report_select(step, tokens, capability)
+        yield what(f"select {step} {tokens}", torch.float32, 0, capability) | asdict(report)
     for dtype, dim in ((torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float32, 128)):
         yield what("gather", dtype, dim, capability) | asdict(report_gather(dtype, dim, capability))
         yield what("score", dtype, dim, capability) | asdict(report_score(dtype, dim, capability))

@@ -7,8 +7,9 @@ warpgroup of 64 rows each, compute; they hand each other turns, so that one's so
     consumer 0   │         │ Q K₀ᵀ │ softmax₀ │ Q K₁ᵀ, P₀V₀ │ softmax₁ │ …
     consumer 1   │                 │ Q K₀ᵀ    │ softmax₀    │ Q K₁ᵀ, P₀V₀ │ …
 
-Q Kⱼᵀ is issued before Pⱼ₋₁ Vⱼ₋₁: the scores of the next keys are there when the softmax of these is done. A row's peak
-follows its scores only when they leave it far behind, so that in most steps nothing has to be rescaled. Tiles differ
+Q Kⱼᵀ is issued before Pⱼ₋₁ Vⱼ₋₁: the scores of the next keys are there when the softmax of these is done. The softmax
+looks for no maximum: any peak will do that keeps the weights in range, so a row keeps its first block's until their sum
+is above 2¹². Only then do its warp's rows take new peaks, and what was summed up before is rescaled. Tiles differ
 in length, so that equal shares would leave some programs waiting: each draws its next tile from a counter, in the
 order KV head by KV head (its keys then stay in L2), longest first, the query heads that share the keys side by side.
 A tile's rows leave by TMA as well, through the buffer of its last keys, once every consumer has its scores from them.
@@ -26,8 +27,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.core import _aggregate as aggregate
 
 from .hopper_channel import Channel, make_channel, pass_turn, take_turn
-from .hopper_lanes import add_by_lane, raise_peak, rescale, spread_over_lanes
+from .hopper_lanes import any_above, prepare_votes
 from .hopper_pairs import Pairs, make_pairs
+from .hopper_softmax import hide, raise_peak, weigh
 
 __all__ = ["BLOCK_M", "BLOCK_N", "hopper_flash_kernel"]
 
@@ -123,18 +125,6 @@ def produce(work, q, k, v, counter):
 
 
 @gluon.jit
-def weigh(scores, peak, total, scale_log2, limit, columns, MASKED: gl.constexpr):
-    """Take a block's scores into the online softmax: (2^(score − peak), peak, Σ by lane, decay of the former)."""
-    if MASKED:
-        scores = gl.where(columns[None, :] <= limit[:, None], scores, float("-inf"))
-    # Every row sees column 0, so its peak is finite from the first block on: no (−inf) − (−inf) below.
-    new_peak = raise_peak(peak, gl.max(scores, 1) * scale_log2)
-    weights = gl.exp2(scores * scale_log2 - new_peak[:, None])
-    decay = gl.exp2(peak - new_peak)
-    return weights, new_peak, total * spread_over_lanes(decay) + add_by_lane(weights), decay
-
-
-@gluon.jit
 def score(work, q, used, LAYOUT: gl.constexpr):
     """Issue Q Kᵀ for the keys of pair `used`, which must be full."""
     keys = work.pairs.k.index(used % work.pairs.slots).reshape([BLOCK_N, work.D]).permute((1, 0))
@@ -143,28 +133,17 @@ def score(work, q, used, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def add_values(work, acc, weights, used):
+def add_values(work, acc, p, used):
     """Issue acc + P V for the values of pair `used`, which must be full."""
     values = work.pairs.v.index(used % work.pairs.slots).reshape([BLOCK_N, work.D])
-    return warpgroup_mma(weights, values, acc, is_async=True)
+    return warpgroup_mma(p, values, acc, is_async=True)
 
 
 @gluon.jit
-def weigh_first(work, scores, scale_log2, limit, full, LAYOUT: gl.constexpr):
-    """Begin the online softmax with block 0, masked only where it is the diagonal's: (2^(score − peak), peak, Σ)."""
-    columns = gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT))
-    if full == 0:
-        scores = gl.where(columns[None, :] <= limit[:, None], scores, float("-inf"))
-    peak = gl.max(scores, 1) * scale_log2
-    weights = gl.exp2(scores * scale_log2 - peak[:, None])
-    return weights, peak, add_by_lane(weights)
-
-
-@gluon.jit
-def step(work, q, acc, weights, peak, total, scale_log2, limit, block, blocks, used, drawn, CONSUMER: gl.constexpr,
+def step(work, q, acc, p, peak, total, scale_log2, limit, block, blocks, used, drawn, CONSUMER: gl.constexpr,
          LAYOUT_S: gl.constexpr, LAYOUT_O: gl.constexpr, MASKED: gl.constexpr):  # fmt: skip
     """Issue Q Kⱼᵀ and Pⱼ₋₁ Vⱼ₋₁, and take the scores into the softmax while the second product runs."""
-    p = gl.convert_layout(weights.to(work.pairs.v.dtype), gl.DotOperandLayout(0, LAYOUT_O, 2))
+    DTYPE: gl.constexpr = work.pairs.v.dtype
     work.pairs.await_full(used)
     take_turn(CONSUMER)
     scores = score(work, q, used, LAYOUT_S)
@@ -173,14 +152,16 @@ def step(work, q, acc, weights, peak, total, scale_log2, limit, block, blocks, u
     scores = warpgroup_mma_wait(1, deps=(scores,))
     if MASKED:
         mbarrier.arrive(work.scored.index(drawn % 2), count=1, pred=block == blocks - 1)
-    columns = block * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT_S))
-    weights, peak, total, decay = weigh(scores, peak, total, scale_log2, limit, columns, MASKED)
+        scores = hide(scores, block, limit, LAYOUT_S)
+    p, more = weigh(scores, peak, scale_log2, DTYPE, LAYOUT_O)
     acc = warpgroup_mma_wait(0, deps=(acc,))
     if MASKED:
         work.pairs.release_if(used, block < blocks - 1)  # the tile's last keys make room for its rows
     else:
         work.pairs.release(used)
-    return rescale(acc, gl.convert_layout(decay, gl.SliceLayout(1, LAYOUT_O))[:, None]), weights, peak, total
+    if any_above(more) != 0:
+        p, acc, peak, total, more = raise_peak(scores, acc, peak, total, scale_log2, DTYPE, LAYOUT_O)
+    return acc, p, peak, total + more
 
 
 @gluon.jit
@@ -205,18 +186,20 @@ def attend_tile(work, drawn, tile, used, scale_log2, CONSUMER: gl.constexpr, LAY
     mbarrier.arrive(work.scored.index(drawn % 2), count=1, pred=blocks == 1)
     gl.thread_barrier()  # the compiler wants one between an arrival and a wait: better here than in every step
     work.pairs.release_if(used, blocks > 1)  # the values in it were the last tile's
-    weights, peak, total = weigh_first(work, scores, scale_log2, limit, full, LAYOUT_S)
+    if full == 0:  # block 0 is the diagonal's
+        scores = hide(scores, 0, limit, LAYOUT_S)
+    peak = gl.max(scores, 1) * scale_log2  # finite, for every row sees column 0
+    p, total = weigh(scores, peak, scale_log2, work.pairs.v.dtype, LAYOUT_O)
     used += 1
     for block in range(1, full):
-        acc, weights, peak, total = step(work, q, acc, weights, peak, total, scale_log2, limit, block, blocks, used,
-                                         drawn, CONSUMER, LAYOUT_S, LAYOUT_O, False)  # fmt: skip
+        acc, p, peak, total = step(work, q, acc, p, peak, total, scale_log2, limit, block, blocks, used, drawn,
+                                   CONSUMER, LAYOUT_S, LAYOUT_O, False)  # fmt: skip
         used += 1
     for block in range(gl.maximum(full, 1), blocks):
-        acc, weights, peak, total = step(work, q, acc, weights, peak, total, scale_log2, limit, block, blocks, used,
-                                         drawn, CONSUMER, LAYOUT_S, LAYOUT_O, True)  # fmt: skip
+        acc, p, peak, total = step(work, q, acc, p, peak, total, scale_log2, limit, block, blocks, used, drawn,
+                                   CONSUMER, LAYOUT_S, LAYOUT_O, True)  # fmt: skip
         used += 1
     work.q.release(q_number)
-    p = gl.convert_layout(weights.to(work.pairs.v.dtype), gl.DotOperandLayout(0, LAYOUT_O, 2))
     work.pairs.await_full(used)
     acc = warpgroup_mma_wait(0, deps=(add_values(work, acc, p, used),))
     return acc, total, peak, used
@@ -277,6 +260,7 @@ def hopper_flash_kernel(q, k, v, out, out_map, lse, counter, scale_log2, rows, c
                         kv_heads, group, all_tiles, stride_b, stride_h, stride_n, CAUSAL: gl.constexpr,
                         D: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     """Start the warps of one program; `counter` is 0, `lse` contiguous, `out_map` describes `out` and its strides."""
+    prepare_votes()
     numbers = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_tiles = gl.allocate_shared_memory(q.dtype, [_CONSUMERS, 1, 1, 64, D], q.layout)
     k_tiles = gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, BLOCK_N, D], k.layout)

@@ -1,17 +1,16 @@
-"""What the online softmax can do without asking other lanes, or without doing it at all, in nearly every step."""
+"""What warps and lanes do by themselves, without asking the others of their warpgroup."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-__all__ = ["add_by_lane", "raise_peak", "rescale", "spread_over_lanes"]
-
-_SLACK = gl.constexpr(8.0)  # weights grow to 2⁸ before a peak follows: little in float32, and even in float16
+__all__ = ["add_by_lane", "any_above", "narrow", "prepare_votes", "spread_over_lanes"]
 
 # [64, 4]: the four lanes that hold a row of a product with 64 rows, with a number each.
 _BY_LANE = gl.constexpr(gl.DistributedLinearLayout(
     reg_bases=[[8, 0]], lane_bases=[[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], warp_bases=[[16, 0], [32, 0]],
     block_bases=[], shape=[64, 4],
 ))  # fmt: skip
+_BOUND = gl.constexpr("0f45800000")  # 2¹², as PTX writes it
 
 
 @gluon.jit
@@ -28,34 +27,40 @@ def spread_over_lanes(by_row):
 
 
 @gluon.jit
-def raise_peak(peak, block_peak):
-    """Return `peak`, a row's bound in powers of two, or the block's where that is higher by more than the slack.
-
-    Any bound gives the same softmax. One that stays spares the row the rescaling of what it has summed up.
-    """
-    return gl.where(block_peak > peak + _SLACK, block_peak, peak)
-
-
-@gluon.constexpr_function
-def _multiply(n):
-    """Write: multiply $0 … by $2n …, n each, unless the factors of the warp's rows, of which a lane has two, are 1."""
-    products = "".join(f"mul.f32 ${i}, ${i}, ${2 * n + i}; " for i in range(n))
-    return (
-        f"{{ .reg .pred p; setp.neu.f32 p, ${2 * n}, 0f3F800000; setp.neu.or.f32 p, ${2 * n + 2}, 0f3F800000, p; "
-        f"vote.sync.any.pred p, p, 0xffffffff; @!p bra DONE; {products}DONE: }}"
-    )
-
-
-@gluon.constexpr_function
-def _operands(n):
-    return ",".join(["=f"] * n + [str(i) for i in range(n)] + ["f"] * n)  # the results are where the first n were
+def prepare_votes():
+    """Name the register that holds a vote's outcome, for all of the kernel; once, before anything votes."""
+    gl.inline_asm_elementwise(".reg .pred apb_vote; mov.u32 $0, 0;", "=r,r", [gl.to_tensor(0)], dtype=gl.int32,
+                              is_pure=False, pack=1)  # fmt: skip
 
 
 @gluon.jit
-def rescale(acc, decay):
-    """Return acc [64, n] · decay [64, 1], which a warp leaves out if none of its rows decays."""
-    each: gl.constexpr = acc.shape[1] // 2  # numbers that a lane holds: rows r and r + 8, two and two in turns
-    asm: gl.constexpr = _multiply(each)
-    operands: gl.constexpr = _operands(each)
-    decay, acc = gl.broadcast(decay, acc)
-    return gl.inline_asm_elementwise(asm, operands, [acc, decay], dtype=gl.float32, is_pure=True, pack=each)
+def any_above(sums):
+    """Say whether one of the warp's numbers in `sums`, by lane, is above 2¹² or NaN: 1 or 0, by warp.
+
+    What depends on it may be done by some warps of a warpgroup and not by others, so it must not wait for other warps
+    nor issue a product. A reduction of Gluon's would have one answer for the warpgroup, and wait for all of it; so the
+    outcome goes from the vote to the branch by a register that only the assembler knows.
+    """
+    asm: gl.constexpr = _vote(_BOUND)
+    gl.inline_asm_elementwise(asm, "=r,=r,f,f", [sums], dtype=gl.int32, is_pure=False, pack=2)
+    return gl.inline_asm_elementwise("selp.u32 $0, 1, 0, apb_vote;", "=r,r", [gl.to_tensor(0)], dtype=gl.int32,
+                                     is_pure=False, pack=1)  # fmt: skip
+
+
+@gluon.constexpr_function
+def _vote(bound):
+    return (
+        f"{{ .reg .pred p; setp.gtu.f32 p, $2, {bound}; setp.gtu.or.f32 p, $3, {bound}, p; "
+        f"vote.sync.any.pred apb_vote, p, 0xffffffff; mov.u32 $0, 0; mov.u32 $1, 0; }}"
+    )
+
+
+@gluon.jit
+def narrow(x, DTYPE: gl.constexpr):
+    """Round float32 to float16 or bfloat16; where this stands, which the compiler would move behind a branch."""
+    if DTYPE == gl.bfloat16:  # noqa: SIM300
+        return gl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=gl.bfloat16,
+                                         is_pure=True, pack=2)  # fmt: skip
+    else:
+        return gl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=gl.float16,
+                                         is_pure=True, pack=2)  # fmt: skip

@@ -1,10 +1,13 @@
 """Pool scores, select the best of each head and gather their keys and values (APB section 3.4).
 
-A float becomes an unsigned integer of the same order. One program per head then finds the `keep`-th highest of them
-two bits at a time, from the top: one sum counts how many keys reach each of the three thresholds that split the range
-left. A last sweep admits what is higher, and equal keys from the lowest position on until `keep` are taken; a prefix
-sum of both counts gives each its place. So the result is a stable sort's, exactly, and ascending. The keys lie in
-scratch memory, near the one multiprocessor that reads them again and again.
+A float becomes an unsigned integer of the same order, its key. The `keep`-th highest key of a head is found by digits
+of 8 bits, from the top. A head's tokens lie in up to 16 parts, one program each (so parts × heads × batch in all). Each
+counts those of its keys that agree with the digits known so far by their next digit, and notes this histogram. One
+launch later every part adds the head's histograms up: their sum gives the digit, and the sum of those before its own
+says how many of the tokens to keep come before its own. The last launch admits what is higher, and equal keys from the
+lowest position on until `keep` are taken; a prefix sum of both counts gives each its place. So the result is a stable
+sort's, exactly, and ascending. No program waits for another one; each reads its own keys again, four times, from memory
+that the L2 cache holds.
 """
 
 from typing import NamedTuple
@@ -16,28 +19,42 @@ from torch import Tensor
 
 __all__ = [
     "Cut",
+    "admit_kernel",
     "choose_cut",
     "gather_kept",
     "gather_kernel",
     "gather_rows",
     "launch",
+    "narrow_kernel",
+    "pool_kernel",
     "select_kept",
-    "select_kernel",
 ]
+
+BINS = tl.constexpr(256)
+"""Values of a digit."""
+
+NOTE = tl.constexpr(260)
+"""What a part notes of a digit: how many keys have each value, then `best`, `left` and `higher`, and if it has NaN.
+
+`best` is the key sought, as far as its digits are known, and zeros; `left` is how many of the `keep` keys are not
+known to be above it; `higher` is how many keys of earlier parts are.
+"""
 
 
 class Cut(NamedTuple):
-    """How the selecting program sweeps its head: tokens at a time (a power of two ≤ 16384), warps, unrolled steps."""
+    """How a head is cut: tokens at a time (`block`), warps of a program, programs of a head (`parts`).
+
+    All are powers of two: warps up to 8 (as many threads as a digit has values), 32 · warps ≤ block ≤ 16384.
+    """
 
     block: int
     warps: int
-    unroll: int
+    parts: int
 
 
 def choose_cut(tokens: int) -> Cut:
-    """Give a thread four keys at a time: one load of 16 bytes; more at once spill registers."""
-    block = min(2048, max(512, triton.next_power_of_2(tokens)))
-    return Cut(block, block // 128, 4)
+    """Give a thread four keys at a time, one load of 16 bytes, and each part a block or more."""
+    return Cut(1024, 8, min(16, triton.next_power_of_2(triton.cdiv(tokens, 1024))))
 
 
 @triton.jit
@@ -66,66 +83,102 @@ def pooled(scores, token, tokens, stride_n, WIDTH: tl.constexpr, MEAN: tl.conste
         best = tl.div_rn(total, tl.maximum(count, 1.0))
     else:
         for step in tl.static_range(WIDTH):
-            near = token + (step - WIDTH // 2)
-            exists = (near >= 0) & (near < tokens)
-            other = tl.load(scores + near.to(tl.int64) * stride_n, mask=exists, other=float("-inf")).to(tl.float32)
-            best = tl.maximum(best, other, propagate_nan=tl.PropagateNan.ALL)
+            if step != WIDTH // 2:
+                near = token + (step - WIDTH // 2)
+                exists = (near >= 0) & (near < tokens)
+                other = tl.load(scores + near.to(tl.int64) * stride_n, mask=exists, other=float("-inf")).to(tl.float32)
+                best = tl.maximum(best, other, propagate_nan=tl.PropagateNan.ALL)
     return tl.where(inside, ordered(best), 0), (here != here).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["heads", "tokens", "keep", "sweeps"])
-def select_kernel(
-    scores, scratch, indices, nans, heads, tokens, keep, sweeps, stride_b, stride_h, stride_n,
-    WIDTH: tl.constexpr, MEAN: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+def pool_kernel(
+    scores, keys, notes, heads, tokens, keep, sweeps, stride_b, stride_h, stride_n,
+    WIDTH: tl.constexpr, MEAN: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write the ascending positions of the `keep` best pooled scores of one head, and whether it has NaN."""
-    row = tl.program_id(0).to(tl.int64)
+    """Write the keys of one part; note the histogram of their first digit and whether a score is NaN."""
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     scores += row // heads * stride_b + row % heads * stride_h
-    scratch += row * sweeps * BLOCK  # a whole number of sweeps, so that none needs a mask
-    indices += row * keep
-    lane = tl.arange(0, BLOCK)
+    keys += (row * PARTS + part) * sweeps * BLOCK  # a whole number of sweeps, so that none needs a mask
+    notes += (row * PARTS + part) * NOTE
+    token = part * sweeps * BLOCK + tl.arange(0, BLOCK)
+    counts = tl.zeros([BINS], tl.int32)
     nan = tl.zeros([BLOCK], tl.int32)
     for start in tl.range(0, sweeps * BLOCK, BLOCK):
-        keys, is_nan = pooled(scores, start + lane, tokens, stride_n, WIDTH, MEAN)
-        tl.store(scratch + start + lane, keys)
+        some, is_nan = pooled(scores, start + token, tokens, stride_n, WIDTH, MEAN)
+        tl.store(keys + start + tl.arange(0, BLOCK), some)
+        counts += tl.histogram((some >> 24).to(tl.int32), BINS)
         nan |= is_nan
-    tl.store(nans + row, tl.max(nan, 0) != 0)
-    tl.debug_barrier()  # from here on threads read what others wrote
+    write_note(notes, counts, 0, keep, 0)
+    tl.store(notes + BINS + 3, tl.max(nan, 0))
 
-    best = tl.full([], 0, tl.uint32)  # the highest key that `keep` keys reach, as far as its bits are known
-    above = tl.full([], 0, tl.int32)  # how many keys are above the range in which it is known to lie
-    for step in tl.range(0, 16):
-        unit = tl.full([], 1, tl.uint32) << tl.cast(30 - 2 * step, tl.uint32)
-        low, mid, high = best + unit, best + unit * 2, best + unit * 3
-        reached = tl.zeros([BLOCK], tl.int32)
-        for start in tl.range(0, sweeps * BLOCK, BLOCK, loop_unroll_factor=UNROLL):
-            keys = tl.load(scratch + start + lane)
-            reached += reaches(keys, low, mid, high)
-        lows, mids, highs = totals(reached)
-        best = tl.where(highs >= keep, high, tl.where(mids >= keep, mid, tl.where(lows >= keep, low, best)))
-        above = tl.where(highs >= keep, above, tl.where(mids >= keep, highs, tl.where(lows >= keep, mids, lows)))
 
-    higher = tl.full([], 0, tl.int32)
-    equal = tl.full([], 0, tl.int32)
+@triton.jit(do_not_specialize=["sweeps", "shift"])
+def narrow_kernel(keys, noted, notes, sweeps, shift, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """Take the digit before the one at bit `shift` from what all parts `noted`; note this one's histogram."""
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    keys += (row * PARTS + part) * sweeps * BLOCK + tl.arange(0, BLOCK)
+    best, left, higher, _ = take_digit(noted + row * PARTS * NOTE, part, shift + 8, PARTS)
+    counts = tl.zeros([BINS], tl.int32)
     for start in tl.range(0, sweeps * BLOCK, BLOCK):
-        keys = tl.load(scratch + start + lane)
-        higher, equal = admit(keys, start + lane, best, higher, equal, keep - above, indices)
+        digit = (tl.load(keys + start) ^ best) >> tl.cast(shift, tl.uint32)  # more than a digit where they differ above
+        counts += tl.histogram(digit.to(tl.int32), BINS, mask=digit < BINS)
+    write_note(notes + (row * PARTS + part) * NOTE, counts, best.to(tl.int32, bitcast=True), left, higher)
+
+
+@triton.jit(do_not_specialize=["keep", "sweeps"])
+def admit_kernel(
+    keys, first, last, indices, nans, keep, sweeps, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Take the last digit from the notes on it; write the kept positions of one part, and if the head has NaN."""
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    if part == 0:
+        nan = tl.load(first + (row * PARTS + tl.arange(0, PARTS)) * NOTE + BINS + 3)
+        tl.store(nans + row, tl.max(nan, 0) != 0)
+    keys += (row * PARTS + part) * sweeps * BLOCK + tl.arange(0, BLOCK)
+    token = part * sweeps * BLOCK + tl.arange(0, BLOCK)
+    best, ties, higher, equal = take_digit(last + row * PARTS * NOTE, part, 0, PARTS)
+    for start in tl.range(0, sweeps * BLOCK, BLOCK):
+        some = tl.load(keys + start)
+        higher, equal = admit(some, start + token, best, higher, equal, ties, indices + row * keep)
 
 
 @triton.jit
-def reaches(keys, low, mid, high):
-    """Say for each key which thresholds it reaches: three fields of 10 bits, to be added over up to 1023 sweeps."""
-    return (keys >= low).to(tl.int32) + ((keys >= mid).to(tl.int32) << 10) + ((keys >= high).to(tl.int32) << 20)
+def write_note(note, counts, best, left, higher):
+    """Store what `NOTE` says, but for NaN."""
+    tl.store(note + tl.arange(0, BINS), counts)
+    tl.store(note + BINS, best)
+    tl.store(note + BINS + 1, left)
+    tl.store(note + BINS + 2, higher)
 
 
 @triton.jit
-def totals(reached):
-    """Add the three fields up over all lanes, in one sum with fields of 21 bits."""
-    low = (reached & 0x3FF).to(tl.int64)
-    mid = ((reached >> 10) & 0x3FF).to(tl.int64)
-    high = (reached >> 20).to(tl.int64)
-    total = tl.sum(low + (mid << 21) + (high << 42), 0)
-    return (total & 0x1FFFFF).to(tl.int32), ((total >> 21) & 0x1FFFFF).to(tl.int32), (total >> 42).to(tl.int32)
+def take_digit(notes, part, shift, PARTS: tl.constexpr):
+    """Take the highest digit that enough keys of a head reach into `best`, at bit `shift`.
+
+    Returns:
+        `best`, `left` and `higher`, and how many keys of earlier parts agree with `best` so far.
+    """
+    own = notes + part * NOTE + BINS
+    best, left, higher = tl.load(own).to(tl.uint32, bitcast=True), tl.load(own + 1), tl.load(own + 2)
+    parts = tl.arange(0, PARTS)[:, None]
+    counts = tl.load(notes + parts * NOTE + tl.arange(0, BINS)[None, :])
+    count, earlier = sum_both(counts, tl.where(parts < part, counts, 0))
+    reached = tl.cumsum(count, 0, reverse=True)
+    beyond = reached - count
+    enough = reached >= left
+    chosen = enough & (beyond < left)
+    digits, equal = sum_both(enough.to(tl.int32), tl.where(chosen, earlier, 0))
+    above, before = sum_both(tl.where(chosen, beyond, 0), tl.where(enough, 0, earlier))
+    best += (digits - 1).to(tl.uint32) << tl.cast(shift, tl.uint32)
+    return best, left - above, higher + before, equal
+
+
+@triton.jit
+def sum_both(x, y):
+    """Sum two tensors of counts over their first dimension, in one sum with fields of 32 bits."""
+    both = tl.sum(x.to(tl.int64) + (y.to(tl.int64) << 32), 0)
+    return both.to(tl.int32), (both >> 32).to(tl.int32)
 
 
 @triton.jit
@@ -172,15 +225,21 @@ def gather_rows(values: int) -> int:
 def launch(scores: Tensor, keep: int, width: int, mean: bool, cut: Cut) -> tuple[Tensor, Tensor]:
     """Run the selection with a cut of one's own; needs what `select_kept` needs."""
     batch, heads, tokens = scores.shape
-    sweeps = triton.cdiv(tokens, cut.block)
-    scratch = torch.empty((batch, heads, sweeps, cut.block), dtype=torch.uint32, device=scores.device)
+    grid = (batch * heads, cut.parts)  # in this order: only the first may be more than 65535
+    sweeps = triton.cdiv(tokens, cut.parts * cut.block)
+    keys = torch.empty((*grid, sweeps * cut.block), dtype=torch.uint32, device=scores.device)
+    notes = torch.empty((4, *grid, NOTE.value), dtype=torch.int32, device=scores.device)
     indices = torch.empty((batch, heads, keep), dtype=torch.int64, device=scores.device)
     nans = torch.empty((batch, heads), dtype=torch.bool, device=scores.device)
+    settings = {"PARTS": cut.parts, "BLOCK": cut.block, "num_warps": cut.warps}
     with torch.cuda.device_of(scores):
-        select_kernel[(batch * heads,)](
-            scores, scratch, indices, nans, heads, tokens, keep, sweeps, *scores.stride(),
-            WIDTH=width, MEAN=mean, BLOCK=cut.block, UNROLL=cut.unroll, num_warps=cut.warps,
+        pool_kernel[grid](
+            scores, keys, notes[0], heads, tokens, keep, sweeps, *scores.stride(),
+            WIDTH=width, MEAN=mean, **settings,
         )  # fmt: skip
+        for digit in (1, 2, 3):
+            narrow_kernel[grid](keys, notes[digit - 1], notes[digit], sweeps, 24 - 8 * digit, **settings)
+        admit_kernel[grid](keys, notes[0], notes[3], indices, nans, keep, sweeps, **settings)
     return indices, nans
 
 

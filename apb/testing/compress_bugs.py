@@ -13,6 +13,20 @@ COMPRESS_BUGS = (
         tests="tests/test_compress_kernels.py -k 'selects_as_the_reference or fields'",
     ),
     Bug(
+        name="a selecting part that knows of earlier parts only what they have of the last digit",
+        file="kernels/select.py",
+        old="higher + before, equal",
+        new="before, equal",
+        tests="tests/test_compress_kernels.py -k 'sweeps_and_parts or memory_held'",
+    ),
+    Bug(
+        name="a selecting kernel that reports the NaN of a head's first part alone",
+        file="kernels/select.py",
+        old="tl.store(nans + row, tl.max(nan, 0) != 0)",
+        new="tl.store(nans + row, tl.max(tl.where(tl.arange(0, PARTS) == 0, nan, 0), 0) != 0)",
+        tests="tests/test_compress_kernels.py -k memory_held",
+    ),
+    Bug(
         name="minus zero below zero",
         file="kernels/select.py",
         old="(bits == size) | (size == 0)",

@@ -7,9 +7,9 @@ __all__ = ["HOPPER_BUGS"]
 HOPPER_BUGS = (
     Bug(
         name="the Hopper kernel hides the diagonal",
-        file="kernels/hopper_kernel.py",
-        old="if MASKED:\n        scores = gl.where(columns[None, :] <= limit",
-        new="if MASKED:\n        scores = gl.where(columns[None, :] < limit",
+        file="kernels/hopper_softmax.py",
+        old="return gl.where(columns[None, :] <= limit",
+        new="return gl.where(columns[None, :] < limit",
         tests="tests/test_hopper_kernel.py -k fit_the_tiles",
     ),
     Bug(
@@ -28,10 +28,17 @@ HOPPER_BUGS = (
     ),
     Bug(
         name="the Hopper kernel does not rescale what it has summed",
+        file="kernels/hopper_softmax.py",
+        old="    acc *= gl.convert_layout(decay, gl.SliceLayout(1, LAYOUT_O))[:, None]\n",
+        new="",
+        tests="tests/test_hopper_kernel.py -k grow",
+    ),
+    Bug(
+        name="the Hopper kernel keeps the first block's peak",
         file="kernels/hopper_kernel.py",
-        old="return rescale(acc, gl.convert_layout(decay, gl.SliceLayout(1, LAYOUT_O))[:, None]), weights",
-        new="return acc, weights",
-        tests="tests/test_hopper_kernel.py -k fit_the_tiles",
+        old="    if any_above(more) != 0:",
+        new="    if any_above(more) < 0:",
+        tests="tests/test_hopper_kernel.py -k grow",
     ),
     Bug(
         name="the Hopper kernel's anchor tiles write over the block's first rows",

@@ -8,13 +8,13 @@ from attention_cases import lay_out
 from apb.compress import Candidates, KeyNorm, MaxPool, MeanPool, NanWatch, Projections, QueryAware, no_pool
 from apb.compress.query_aware import mean_logits
 from apb.compress.retaining_head import head_scores
-from apb.compress.select import gather, pool_and_select
+from apb.compress.select import gather, pool_and_select, select
 from apb.testing.tolerance import assert_rows_close
 
 pytest.importorskip("triton")
 from apb.kernels.retaining_head import retaining_head_scores
 from apb.kernels.score import score_keys
-from apb.kernels.select import gather_kept, select_kept
+from apb.kernels.select import Cut, gather_kept, launch, select_kept
 
 pytestmark = pytest.mark.gpu
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -57,6 +57,20 @@ def test_selects_from_a_million_tokens():
     for x in (scores, scores.round(), torch.zeros_like(scores)):
         for keep in (1, 131072, 2**20):
             assert_selected(x, keep, MaxPool())
+
+
+@pytest.mark.parametrize("cut", [Cut(128, 4, 2), Cut(512, 4, 32), Cut(1024, 8, 1), Cut(2048, 8, 8)])
+def test_selects_with_any_cut(cut):
+    for tokens in (5, 3000, 40000):
+        scores = (20 * draw(2, 3, tokens)).round()
+        for keep in (1, (tokens + 7) // 8, tokens):
+            assert torch.equal(launch(scores, keep, 1, False, cut)[0], select(scores, keep)), (tokens, keep)
+
+
+def test_selects_of_many_heads():
+    """More than a launch takes in any but its first dimension."""
+    scores = draw(2, 40000, 7)
+    assert torch.equal(pool_and_select(scores, 3, no_pool, backend="triton")[0], select(scores, 3))
 
 
 def test_special_values_have_their_order():

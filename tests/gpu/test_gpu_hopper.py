@@ -61,6 +61,16 @@ def test_every_row_sees_every_key(dim):
         assert_attention(out, lse, q, k, v, torch.ones(rows, columns, dtype=torch.bool), lse_atol=1e-4)
 
 
+@pytest.mark.parametrize("dim", hopper.DIMS)
+@pytest.mark.parametrize("dtype", HALF)
+def test_scores_that_grow(dtype, dim):
+    """Peaks must follow, in some warps of a warpgroup and not in others, and in some rows of a warp."""
+    q, k, v = draw_inputs(3, (1, 2, 2), 900, 2000, dim, dtype, device="cuda")
+    row, column = (torch.arange(n, device="cuda")[:, None] for n in (900, 2000))
+    for some in (row >= 0, row % 64 < 16, row % 16 == 3, row % 16 == 11, row == 517):
+        attend((q * some).to(dtype), (k * (0.1 + column / 100)).to(dtype), v, 200, 1000)
+
+
 def test_fewer_buffers_give_the_same():
     q, k, v = draw_inputs(5, (2, 2, 2), 1300, 1500, 128, torch.bfloat16, device="cuda")
     out, lse = hopper.launch(q, k, v, 300, 200, 128**-0.5, stages=2)
