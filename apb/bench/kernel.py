@@ -3,7 +3,7 @@
 TFLOP/s count 4 · pairs · dim · q_heads over the pairs that the mask needs.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +19,7 @@ from apb.bench.peers import CuDNN, FlashAttention3
 __all__ = ["SHAPES", "Shape", "draw", "mask_pairs", "run"]
 
 Q_HEADS, KV_HEADS, DIM = 32, 8, 128
+_EVERYBODY = ("hopper", "triton", "flex", "sdpa", "fa3", "cudnn")
 
 
 class Shape(NamedTuple):
@@ -56,23 +57,28 @@ def mask_pairs(shape: Shape) -> int:
     return anchor_rows * a * (a + 1) // 2 + b * (a + p) + b * (b + 1) // 2
 
 
-def run(quick: bool = False, out: Path | None = None) -> list[Row]:
+def run(quick: bool = False, out: Path | None = None, by: Sequence[str] = ()) -> list[Row]:
     """Measure every backend and peer on every shape, print a table, extend the ledger.
 
     Args:
         quick: take the first two shapes only.
         out: CSV file to append to, made if it is not there; None writes nothing.
+        by: who is to compute, of all in the table; nobody named is everybody. The ledger keeps such runs apart.
 
     Returns:
         The rows, one for each backend and shape; a peer that could not run has no time, and says why in its notes.
 
     Raises:
+        ValueError: there is nobody of that name.
         RuntimeError: if there is no CUDA device.
     """
-    bench = Bench("masked_attention")
+    if unknown := [name for name in by if name not in _EVERYBODY]:
+        raise ValueError(f"by: expected some of {', '.join(_EVERYBODY)}, got {', '.join(unknown)}")
+    bench = Bench(f"masked_attention by {' and '.join(by)}" if by else "masked_attention")
     for shape in SHAPES[: 2 if quick else None]:
         flop = 4 * mask_pairs(shape) * DIM * Q_HEADS
-        bench.compare(str(shape), dict(_contenders(shape)), flop=flop)
+        calls = {name: call for name, call in _contenders(shape) if name in (by or _EVERYBODY)}
+        bench.compare(str(shape), calls, flop=flop)
     return bench.finish(out)
 
 

@@ -23,6 +23,7 @@ from apb.bench import Row, append, environment, reason
 __all__ = ["Bench", "Timing", "time_in_turns"]
 
 _ROUNDS = 5
+_LEAST = 3  # repeats a round, and two to warm up: the first are at the clocks that another's power has left
 _MATMUL = 8192
 _LARGE_BYTES = 2**31
 _FLUSH_BYTES = 2**28  # several times the L2 of any GPU
@@ -62,7 +63,7 @@ def time_in_turns(
         calls: what to time, by name; they must not synchronise. What they hold on to has to fit into memory together.
         graph: names of those to replay from a CUDA graph, so that a short call is not timed by how fast Python launches
             it; `calls` itself for all.
-        repeats_ms: how long to repeat each one for, with the flushing, all rounds together.
+        repeats_ms: how long to repeat each one for, with the flushing, all rounds together; but three times a round.
 
     Returns:
         Over all rounds, each one's time; of a call that failed, why. It has no part in later rounds.
@@ -78,7 +79,7 @@ def time_in_turns(
             if name not in found:
                 with _noting(found, name):
                     call, repeats = ready[name]
-                    times[name] += _event_ms(call, repeats, warm=max(1, repeats // 3))
+                    times[name] += _event_ms(call, repeats, warm=max(2, repeats // 3))
     return {name: found[name] if name in found else Timing.of(times[name]) for name in calls}
 
 
@@ -115,7 +116,7 @@ def _prepare(call: Callable[[], object], graph: bool, repeats_ms: float) -> tupl
         call = _captured(call)
     call()
     estimate = statistics.median(_event_ms(call, 3))
-    return call, max(1, round(repeats_ms / (_FLUSH_MS + estimate)))
+    return call, max(_LEAST, round(repeats_ms / (_FLUSH_MS + estimate)))
 
 
 def _event_ms(call: Callable[[], object], repeats: int, *, warm: int = 0) -> list[float]:

@@ -32,6 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         one.add_argument("--quick", action="store_true", help="about a minute: the smaller shapes only")
         one.add_argument("--out", type=Path, help="append the figures to this CSV file")
         one.add_argument("--plot", type=Path, help="draw the newest run in --out into this SVG or PNG file")
+        if name == "kernel":
+            one.add_argument("--by", nargs="+", metavar="NAME", help="only these of the table's columns: hopper fa3")
         if name == "end-to-end":
             one.add_argument("--methods", nargs="+", metavar="NAME[:SETTING=VALUE,…]", help="as in apb bench prefill")
     about = "a whole prefill, to the first token, by every method: measured, simulated on one GPU, or counted"
@@ -49,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.out is None:
             raise ValueError("--plot: pictures are drawn from the ledger; name its file with --out FILE")
     module = import_module(f"apb.bench.{arguments.what.replace('-', '_')}")
-    more = {"methods": arguments.methods} if getattr(arguments, "methods", None) else {}
+    more = {name: getattr(arguments, name) for name in ("methods", "by") if getattr(arguments, name, None)}
     rows = module.run(quick=arguments.quick, out=arguments.out, **more)
     if arguments.plot is not None:
         draw = getattr(module, "plot", None) or partial(bars, benchmark=rows[0].benchmark)
