@@ -72,8 +72,9 @@ def quality() -> str:
         found = [[line.mean for line in section.lines if line.method == method] for section in sections]
         means = [f"{100 * mean.value:.1f}" if mean else "–" for mean, *_ in (each or [None] for each in found)]
         lines.append(f"| {labels[method]} | {' | '.join(means)} |")
-    measured = (f"one {run['device']}, {run['date'][:10]}, commit {run['commit']}" for run in runs)
-    lines.append(f"\nMeasured on {'; '.join(measured)}.")
+    devices = " and ".join(sorted({run["device"] for run in runs}))
+    commits = ", ".join(f"{run['commit']} ({run['date'][:10]})" for run in runs)
+    lines.append(f"\nMeasured on one {devices}, commits {commits}.")
     return "\n".join(lines)
 
 

@@ -121,8 +121,8 @@ def _time_layers(
 ) -> tuple[list[dict[str, float]], float]:
     """Return the phases of single layers, and what Python takes to queue one.
 
-    On a GPU, `enough_s` of layers, or `repeats` of them, after half as long a warm-up. If Python is slow, the device
-    waits before each, so that all of it is queued when it begins.
+    On a GPU, `enough_s` of layers, or `repeats` of them, after half as long a warm-up. If Python takes more than half as
+    long as the device, that waits before each layer, so that all of it is queued when it begins.
     """
     queued_ms = math.inf
 
@@ -140,9 +140,9 @@ def _time_layers(
     if device.type == "cuda":
         until, layer_ms = time.perf_counter() + enough_s / 2, once().phase_ms.get("layer", math.inf)
         while math.isfinite(layer_ms) and time.perf_counter() < until:  # it is not, where the question has run along
-            layer_ms = once().phase_ms["layer"]
+            layer_ms = min(layer_ms, once().phase_ms["layer"])
         repeats = max(repeats, min(_MOST, math.ceil(1e3 * enough_s / layer_ms)))
-        ahead_ms = 1.5 * queued_ms if queued_ms > 0.8 * layer_ms else 0.0
+        ahead_ms = 2 * queued_ms if queued_ms > 0.5 * layer_ms else 0.0
         queue_ahead(device)
     traces = [once(ahead_ms) for _ in range(repeats)]
     return [trace.phase_ms for trace in traces], queued_ms
