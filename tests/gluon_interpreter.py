@@ -287,6 +287,9 @@ def _language(machine):
     }
 
 
+PARTS = ("channel", "lanes", "pairs", "softmax", "kernel")
+
+
 @contextmanager
 def interpreted(seed=0):
     """Yield the module `apb.kernels.hopper_kernel`, made of plain functions, and the machine that runs them."""
@@ -295,7 +298,7 @@ def interpreted(seed=0):
     package = ModuleType("interpreted_kernels")
     package.__path__ = [str(folder)]
     stand_ins = _language(machine) | {"interpreted_kernels": package}
-    names = [*stand_ins, *(f"interpreted_kernels.hopper_{part}" for part in ("channel", "lanes", "pairs", "kernel"))]
+    names = [*stand_ins, *(f"interpreted_kernels.hopper_{part}" for part in PARTS)]
     before = {name: sys.modules.get(name) for name in names}
     sys.modules.update(stand_ins)
     try:

@@ -81,7 +81,7 @@ def test_a_full_sweep_of_ties_fills_its_fields():
         assert torch.equal(launch(scores, keep, 1, False, Cut(16384, 4, parts))[0], select(scores, keep))
 
 
-def test_a_cut_gives_every_part_work():
+def test_how_a_cut_grows():
     cuts = {tokens: choose_cut(tokens).parts for tokens in (1, 1024, 1025, 4096, 5000, 65536, 2**21 - 1)}
     assert cuts == {1: 1, 1024: 1, 1025: 2, 4096: 4, 5000: 8, 65536: 16, 2**21 - 1: 16}
 
@@ -108,19 +108,31 @@ def test_gathers_exactly(seed, layout, keep, dims, dtype):
     assert torch.equal(gather(*bits, indices, backend="triton"), gather(*bits, indices, backend="torch"))
 
 
-@given(seed=SEEDS, layout=LAYOUTS, tokens=st.sampled_from([1, 33, 200]), dim=st.sampled_from([16, 80, 128]),
-       dtype=DTYPES)  # fmt: skip
+@given(seed=SEEDS, layouts=st.tuples(LAYOUTS, LAYOUTS), sizes=st.sampled_from([(1, 1), (3, 33), (5, 200), (100, 33)]),
+       dim=st.sampled_from([16, 80, 128]), dtypes=st.tuples(DTYPES, DTYPES))  # fmt: skip
 @settings(max_examples=12)
-def test_query_aware_scores_equal_the_formula(seed, layout, tokens, dim, dtype):
+def test_query_aware_scores_equal_the_formula(seed, layouts, sizes, dim, dtypes):
+    """Also where the question's vectors, or the keys, have NaN beside them in memory."""
     generator = torch.Generator().manual_seed(seed)
-    query, k = (torch.randn(2, heads, n, dim, generator=generator).to(dtype) for heads, n in ((6, 3), (2, tokens)))
-    found = mean_logits(query, lay_out(k, layout), backend="triton")
+    query, k = (
+        torch.randn(2, heads, n, dim, generator=generator).to(dtype)
+        for heads, n, dtype in zip((6, 2), sizes, dtypes, strict=True)
+    )
+    found = mean_logits(lay_out(query, layouts[0]), lay_out(k, layouts[1]), backend="triton")
     mean = query.double().unflatten(1, (2, 3)).mean(dim=(2, 3))
     truth = (k.double() @ mean[..., None]).squeeze(-1)
     eager = mean_logits(query, k, backend="torch")
     assert found.dtype == torch.float32
     size = float(k.double().norm(dim=-1).max() * mean.norm(dim=-1).max())
     assert_rows_close(found[..., None], truth[..., None], eager=eager[..., None], value_scale=size)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_query_aware_scores_of_nothing(backend):
+    query, k = torch.randn(1, 4, 3, 16), torch.randn(1, 2, 9, 16)
+    assert mean_logits(query, k[:, :, :0], backend=backend).shape == (1, 2, 0)
+    assert mean_logits(query[:0], k[:0], backend=backend).shape == (0, 2, 9)
+    assert mean_logits(query[:, :, :0], k, backend=backend).isnan().all()  # no question has no mean
 
 
 def head_case(seed, heads, tokens, dim, width, dtype, layout="tokens_first"):
@@ -210,7 +222,7 @@ def test_custom_ops_are_well_formed():
     k, indices = torch.randn(1, 2, 16, 20).mT, torch.zeros(1, 2, 3, dtype=torch.int64)
     torch.library.opcheck(select_kept, (k[..., 0], 3, 5, False))
     torch.library.opcheck(gather_kept, (k, k, indices))
-    torch.library.opcheck(score_keys, (k, torch.randn(1, 2, 16)))
+    torch.library.opcheck(score_keys, (k, torch.randn(1, 3, 4, 16).transpose(1, 2)))
     torch.library.opcheck(retaining_head_scores, (k, k, k, torch.randn(8, 96), torch.randn(2, 8)))
 
 

@@ -75,25 +75,32 @@ def run(quick: bool = False, out: Path | None = None, by: Sequence[str] = ()) ->
     if unknown := [name for name in by if name not in _EVERYBODY]:
         raise ValueError(f"by: expected some of {', '.join(_EVERYBODY)}, got {', '.join(unknown)}")
     bench = Bench(f"masked_attention by {' and '.join(by)}" if by else "masked_attention")
-    for shape in SHAPES[: 2 if quick else None]:
-        flop = 4 * mask_pairs(shape) * DIM * Q_HEADS
-        calls = {name: call for name, call in _contenders(shape) if name in (by or _EVERYBODY)}
-        bench.compare(str(shape), calls, flop=flop)
+    cases = [(str(shape), shape, False) for shape in SHAPES[: 2 if quick else None]]
+    if not quick:
+        cases.append((f"{SHAPES[1]}, growing", SHAPES[1], True))
+    for case, shape, growing in cases:
+        calls = {name: call for name, call in _contenders(shape, growing) if not by or name in by}
+        bench.compare(case, calls, flop=4 * mask_pairs(shape) * DIM * Q_HEADS)
     return bench.finish(out)
 
 
-def draw(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw the queries of [A, B] and the keys and values of [A, P, B], random bf16, on the GPU."""
+def draw(shape: Shape, growing: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw the queries of [A, B] and the keys and values of [A, P, B], random bf16, on the GPU.
+
+    With `growing` keys, each 128 of them have scores far above those before: the worst case of an online softmax.
+    """
     generator = torch.Generator("cuda").manual_seed(0)
     rows, columns = shape.anchor_rows * shape.anchor + shape.block, shape.anchor + shape.passing + shape.block
     sizes = ((Q_HEADS, rows), (KV_HEADS, columns), (KV_HEADS, columns))
     q, k, v = (torch.randn(1, *size, DIM, dtype=torch.bfloat16, device="cuda", generator=generator) for size in sizes)
+    if growing:
+        k *= 1 + 3 * torch.arange(columns, device="cuda")[:, None].div(128, rounding_mode="floor")
     return q, k, v
 
 
-def _contenders(shape: Shape) -> Iterator[tuple[str, Callable[[], object]]]:
+def _contenders(shape: Shape, growing: bool) -> Iterator[tuple[str, Callable[[], object]]]:
     """Yield the name and the call of each backend and peer, on the same random bf16 tensors."""
-    q, k, v = draw(shape)
+    q, k, v = draw(shape, growing)
     lengths = {"anchor_tokens": shape.anchor, "passing_tokens": shape.passing}
     for backend in ("hopper", "triton", "flex", "sdpa"):
         yield backend, partial(masked_attention, q, k, v, **lengths, backend=backend)

@@ -23,7 +23,8 @@ from apb.bench import Row, append, environment, reason
 __all__ = ["Bench", "Timing", "time_in_turns"]
 
 _ROUNDS = 5
-_LEAST = 3  # repeats a round, and two to warm up: the first are at the clocks that another's power has left
+_LEAST = 3  # repeats a round
+_WARM = 2  # at least, before them: the first are at the clocks that another's power has left
 _MATMUL = 8192
 _LARGE_BYTES = 2**31
 _FLUSH_BYTES = 2**28  # several times the L2 of any GPU
@@ -79,7 +80,7 @@ def time_in_turns(
             if name not in found:
                 with _noting(found, name):
                     call, repeats = ready[name]
-                    times[name] += _event_ms(call, repeats, warm=max(2, repeats // 3))
+                    times[name] += _event_ms(call, repeats, warm=max(_WARM, repeats // 3))
     return {name: found[name] if name in found else Timing.of(times[name]) for name in calls}
 
 

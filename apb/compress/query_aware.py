@@ -50,10 +50,10 @@ def mean_logits(
     Raises:
         ValueError: a backend that cannot run here.
     """
-    groups = rearrange(query, "b (h g) l d -> b h g l d", h=k.shape[1])
-    question = groups.mean((2, 3), dtype=torch.float32)  # einops' reduce would need a float32 copy first
-    if choose_backend(backend, k, question) == "triton":
+    if choose_backend(backend, query, k) == "triton":
         from apb.kernels.score import score_keys
 
-        return score_keys(k, question.contiguous())
+        return score_keys(k, query)
+    groups = rearrange(query, "b (h g) l d -> b h g l d", h=k.shape[1])
+    question = groups.mean((2, 3), dtype=torch.float32)  # einops' reduce would need a float32 copy first
     return einsum(k.to(torch.float32), question, "b h n d, b h d -> b h n")

@@ -10,7 +10,7 @@ from apb.compress.pool import MaxPool, MeanPool, Pool, no_pool
 __all__ = ["gather", "pool_and_select", "select"]
 
 _FUSED_KERNEL = 5  # the kernel loads every neighbour of a token: wider pools would spill registers
-_MOST_TOKENS = 2**21 - 1  # as far as it counts
+_MOST_TOKENS = 2**21 - 1  # as far as it is tested
 
 
 def select(scores: Float[Tensor, "*heads tokens"], keep: int) -> Int[Tensor, "*heads kept"]:

@@ -11,7 +11,14 @@ import triton
 from . import retaining_head, score, select
 from .aot import TRITON_NAME, Report, compile_kernel, what
 
-__all__ = ["compress_reports", "report_gather", "report_retaining_head", "report_score", "report_select"]
+__all__ = [
+    "compress_reports",
+    "report_gather",
+    "report_mean",
+    "report_retaining_head",
+    "report_score",
+    "report_select",
+]
 
 
 def report_select(
@@ -43,12 +50,21 @@ def report_gather(dtype: torch.dtype, dim: int, capability: int) -> Report:
     return compile_kernel(select.gather_kernel, types, constants, capability=capability, warps=4, stages=3)
 
 
+def report_mean(dtype: torch.dtype, dim: int, capability: int) -> Report:
+    """Compile the means that query-aware scores take."""
+    types = {"query": f"*{TRITON_NAME[dtype]}", "mean": "*fp32"}
+    constants = {"stride_qd": 1, "D": dim, "BLOCK_D": score.MEAN_DIMS, "ROWS": score.MEAN_CUT.rows}
+    constants["OVERLAP"] = capability >= 90
+    warps = score.MEAN_CUT.warps
+    return compile_kernel(score.mean_kernel, types, constants, capability=capability, warps=warps, stages=3)
+
+
 def report_score(dtype: torch.dtype, dim: int, capability: int) -> Report:
     """Compile the query-aware score."""
     block = triton.next_power_of_2(dim)
     cut = score.choose_cut(block)
-    types = {"k": f"*{TRITON_NAME[dtype]}", "query": "*fp32", "scores": "*fp32"}
-    constants = {"stride_kd": 1, "D": dim, "BLOCK_D": block, "ROWS": cut.rows}
+    types = {"k": f"*{TRITON_NAME[dtype]}", "mean": "*fp32", "scores": "*fp32"}
+    constants = {"stride_kd": 1, "D": dim, "BLOCK_D": block, "ROWS": cut.rows, "OVERLAP": capability >= 90}
     return compile_kernel(score.score_kernel, types, constants, capability=capability, warps=cut.warps, stages=3)
 
 
@@ -78,6 +94,7 @@ def compress_reports(capability: int) -> Iterator[dict[str, Any]]:
         yield what(f"select {step} {tokens}", torch.float32, 0, capability) | asdict(report)
     for dtype, dim in ((torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float32, 128)):
         yield what("gather", dtype, dim, capability) | asdict(report_gather(dtype, dim, capability))
+        yield what("score mean", dtype, dim, capability) | asdict(report_mean(dtype, dim, capability))
         yield what("score", dtype, dim, capability) | asdict(report_score(dtype, dim, capability))
         for tma in (False, True) if dtype == torch.bfloat16 and capability >= 90 else (False,):
             report = report_retaining_head(dtype, dim, 1024, capability, tma=tma)

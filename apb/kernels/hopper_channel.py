@@ -7,7 +7,7 @@ from triton.language.core import _aggregate as aggregate
 
 __all__ = ["Channel", "copy_box", "make_channel", "pass_turn", "take_turn"]
 
-_FREE_BARRIER = 9  # the compiler's own named barriers have lower numbers
+_FIRST_TURN = 9  # the number of a named barrier; those that the compiler takes are lower
 
 
 @aggregate
@@ -88,7 +88,7 @@ def make_channel(buffers, SLOTS: gl.constexpr, READERS: gl.constexpr):
 
 @gluon.constexpr_function
 def _barrier(instruction, consumer):
-    return f"bar.{instruction} {_FREE_BARRIER + consumer}, 256; mov.u32 $0, 0;"
+    return f"bar.{instruction} {_FIRST_TURN + consumer}, 256; mov.u32 $0, 0;"
 
 
 @gluon.jit

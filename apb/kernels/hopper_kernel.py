@@ -8,11 +8,14 @@ warpgroup of 64 rows each, compute; they hand each other turns, so that one's so
     consumer 1   │                 │ Q K₀ᵀ    │ softmax₀    │ Q K₁ᵀ, P₀V₀ │ …
 
 Q Kⱼᵀ is issued before Pⱼ₋₁ Vⱼ₋₁: the scores of the next keys are there when the softmax of these is done. The softmax
-looks for no maximum: any peak will do that keeps the weights in range, so a row keeps its first block's until their sum
-is above 2¹². Only then do its warp's rows take new peaks, and what was summed up before is rescaled. Tiles differ
-in length, so that equal shares would leave some programs waiting: each draws its next tile from a counter, in the
-order KV head by KV head (its keys then stay in L2), longest first, the query heads that share the keys side by side.
-A tile's rows leave by TMA as well, through the buffer of its last keys, once every consumer has its scores from them.
+looks for no maximum: any peak will do that keeps the weights in range, so a row keeps its first block's until one of
+the four lanes that share the row adds up more than 2¹² in a block. Only then do the 16 rows of that lane's warp take
+new peaks, and what was summed up before is rescaled.
+
+Tiles differ in length, so that equal shares would leave some programs waiting: each draws its next tile from a
+counter, in the order KV head by KV head (its keys then stay in L2), longest first, the query heads that share the keys
+side by side. A tile's rows leave by TMA as well, through the buffer of its last keys, once every consumer has its
+scores from them.
 """
 
 from triton.experimental import gluon
@@ -105,7 +108,7 @@ def produce(work, q, k, v, counter):
         else:
             work.pairs.leave_out(filled)
         work.pairs.fetch_keys(filled, k, [batch, kv_head, 0, 0])
-        for consumer in gl.static_range(_CONSUMERS):  # after the values, without which nobody leaves Q's buffer
+        for consumer in gl.static_range(_CONSUMERS):  # last: it waits for who still wants the values before leaving Q
             work.q.fetch(drawn * _CONSUMERS + consumer, q, [batch, head, first + consumer * 64, 0])
         filled += 1
         for block in range(1, blocks):
@@ -161,7 +164,7 @@ def step(work, q, acc, p, peak, total, scale_log2, limit, block, blocks, used, d
         work.pairs.release(used)
     if any_above(more) != 0:
         p, acc, peak, total, more = raise_peak(scores, acc, peak, total, scale_log2, DTYPE, LAYOUT_O)
-    return acc, p, peak, total + more
+    return acc, p, peak, total + more  # ty: ignore[unsupported-operator]
 
 
 @gluon.jit
@@ -260,7 +263,7 @@ def hopper_flash_kernel(q, k, v, out, out_map, lse, counter, scale_log2, rows, c
                         kv_heads, group, all_tiles, stride_b, stride_h, stride_n, CAUSAL: gl.constexpr,
                         D: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     """Start the warps of one program; `counter` is 0, `lse` contiguous, `out_map` describes `out` and its strides."""
-    prepare_votes()
+    prepare_votes()  # ty: ignore[missing-argument]
     numbers = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_tiles = gl.allocate_shared_memory(q.dtype, [_CONSUMERS, 1, 1, 64, D], q.layout)
     k_tiles = gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, BLOCK_N, D], k.layout)

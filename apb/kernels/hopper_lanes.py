@@ -10,7 +10,10 @@ _BY_LANE = gl.constexpr(gl.DistributedLinearLayout(
     reg_bases=[[8, 0]], lane_bases=[[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], warp_bases=[[16, 0], [32, 0]],
     block_bases=[], shape=[64, 4],
 ))  # fmt: skip
-_BOUND = gl.constexpr("0f45800000")  # 2¹², as PTX writes it
+_VOTE = gl.constexpr(  # 0f45800000 is 2¹²; "gtu" is greater or not a number
+    "{ .reg .pred p; setp.gtu.f32 p, $2, 0f45800000; setp.gtu.or.f32 p, $3, 0f45800000, p; "
+    "vote.sync.any.pred apb_vote, p, 0xffffffff; mov.u32 $0, 0; mov.u32 $1, 0; }"
+)
 
 
 @gluon.jit
@@ -41,23 +44,14 @@ def any_above(sums):
     nor issue a product. A reduction of Gluon's would have one answer for the warpgroup, and wait for all of it; so the
     outcome goes from the vote to the branch by a register that only the assembler knows.
     """
-    asm: gl.constexpr = _vote(_BOUND)
-    gl.inline_asm_elementwise(asm, "=r,=r,f,f", [sums], dtype=gl.int32, is_pure=False, pack=2)
+    gl.inline_asm_elementwise(_VOTE, "=r,=r,f,f", [sums], dtype=gl.int32, is_pure=False, pack=2)
     return gl.inline_asm_elementwise("selp.u32 $0, 1, 0, apb_vote;", "=r,r", [gl.to_tensor(0)], dtype=gl.int32,
                                      is_pure=False, pack=1)  # fmt: skip
 
 
-@gluon.constexpr_function
-def _vote(bound):
-    return (
-        f"{{ .reg .pred p; setp.gtu.f32 p, $2, {bound}; setp.gtu.or.f32 p, $3, {bound}, p; "
-        f"vote.sync.any.pred apb_vote, p, 0xffffffff; mov.u32 $0, 0; mov.u32 $1, 0; }}"
-    )
-
-
 @gluon.jit
 def narrow(x, DTYPE: gl.constexpr):
-    """Round float32 to float16 or bfloat16; where this stands, which the compiler would move behind a branch."""
+    """Round float32 to float16 or bfloat16, before the branch that follows: the compiler's own would go behind it."""
     if DTYPE == gl.bfloat16:  # noqa: SIM300
         return gl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=gl.bfloat16,
                                          is_pure=True, pack=2)  # fmt: skip

@@ -9,7 +9,7 @@ from .hopper_channel import copy_box
 
 __all__ = ["Pairs", "make_pairs"]
 
-_FREE_BARRIER = gl.constexpr(11)  # two before it hold the turns, and the compiler takes the first few of all 16
+_FIRST_SLOT = gl.constexpr(11)  # of 16 named barriers, behind the turns' two: at most five slots
 
 
 @aggregate
@@ -75,7 +75,7 @@ class Pairs:
 
     @gluon.jit
     def _await_released(self, n):
-        gl.inline_asm_elementwise("bar.sync $1, 288; mov.u32 $0, 0;", "=r,r", [_FREE_BARRIER + n % self.slots],
+        gl.inline_asm_elementwise("bar.sync $1, 288; mov.u32 $0, 0;", "=r,r", [_FIRST_SLOT + n % self.slots],
                                   dtype=gl.int32, is_pure=False, pack=1)  # fmt: skip
 
 
@@ -97,5 +97,5 @@ def _arrivals(first, slots):
 @gluon.jit
 def _arrive(slot, SLOTS: gl.constexpr):
     """Arrive at a slot's barrier; with its number in a register, the assembler would put that off to the step's end."""
-    asm: gl.constexpr = _arrivals(_FREE_BARRIER, SLOTS)
+    asm: gl.constexpr = _arrivals(_FIRST_SLOT, SLOTS)
     gl.inline_asm_elementwise(asm, "=r,r", [slot], dtype=gl.int32, is_pure=False, pack=1)

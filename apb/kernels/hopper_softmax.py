@@ -19,14 +19,18 @@ def hide(scores, block, limit, LAYOUT: gl.constexpr):
 def weigh(scores, peak, scale_log2, DTYPE: gl.constexpr, LAYOUT_O: gl.constexpr):
     """Return 2^(score − peak), narrowed for the product with the values, and each row's sum of it by lane."""
     weights = gl.exp2(scores * scale_log2 - peak[:, None])
-    return gl.convert_layout(narrow(weights, DTYPE), gl.DotOperandLayout(0, LAYOUT_O, 2)), add_by_lane(weights)
+    p = gl.convert_layout(narrow(weights, DTYPE), gl.DotOperandLayout(0, LAYOUT_O, 2), assert_trivial=True)
+    return p, add_by_lane(weights)
 
 
 @gluon.jit
 def raise_peak(scores, acc, peak, total, scale_log2, DTYPE: gl.constexpr, LAYOUT_O: gl.constexpr):
-    """Weigh a block once more, with peaks not below its scores, and rescale what came before: (P, …, the block's Σ)."""
+    """Weigh a block once more, with peaks not below its scores, and rescale what came before: (P, …, the block's Σ).
+
+    One warp may come here and another not, so nothing in it may wait for others: layouts change within lanes only.
+    """
     new_peak = gl.maximum(peak, gl.max(scores, 1) * scale_log2)
     decay = gl.exp2(peak - new_peak)
     p, more = weigh(scores, new_peak, scale_log2, DTYPE, LAYOUT_O)
-    acc *= gl.convert_layout(decay, gl.SliceLayout(1, LAYOUT_O))[:, None]
+    acc *= gl.convert_layout(decay, gl.SliceLayout(1, LAYOUT_O), assert_trivial=True)[:, None]
     return p, acc, new_peak, total * spread_over_lanes(decay), more

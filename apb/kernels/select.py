@@ -53,7 +53,7 @@ class Cut(NamedTuple):
 
 
 def choose_cut(tokens: int) -> Cut:
-    """Give a thread four keys at a time, one load of 16 bytes, and each part a block or more."""
+    """Give a thread four keys at a time, one load of 16 bytes; as many parts as blocks, a power of two up to 16."""
     return Cut(1024, 8, min(16, triton.next_power_of_2(triton.cdiv(tokens, 1024))))
 
 

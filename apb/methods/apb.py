@@ -66,7 +66,7 @@ class APB(Method):
 
     @property
     def sends_under_attention(self) -> bool:
-        """In zigzag, since the gather of a host's second block is not read until its first block has attended."""
+        """In zigzag: gather 2 runs under the first block's attention, gather 1 under the second block's compressor."""
         return self.layout == "zigzag"
 
     def prepare(self, shape: ModelShape, device: torch.device, dtype: torch.dtype) -> "APB":

@@ -34,6 +34,20 @@ COMPRESS_BUGS = (
         tests="tests/test_compress_kernels.py -k special_values",
     ),
     Bug(
+        name="query-aware scores for a KV head of another group's vectors",
+        file="kernels/score.py",
+        old="row % heads * group * stride_qh",
+        new="row % heads * stride_qh",
+        tests="tests/test_compress_kernels.py -k query_aware_scores_equal",
+    ),
+    Bug(
+        name="query-aware scores that sum a question's first tile of vectors, and divide by all",
+        file="kernels/score.py",
+        old="tl.range(0, group * tokens, ROWS)",
+        new="tl.range(0, min(ROWS, group * tokens), ROWS)",
+        tests="tests/test_compress_kernels.py -k query_aware_scores_equal",
+    ),
+    Bug(
         name="a retaining head that reads v's columns of the weights for k",
         file="kernels/retaining_head.py",
         old="rows, width, kv_heads, q_heads, all_heads,",

@@ -52,7 +52,7 @@ def decode(dim: int) -> None:
 def compress(dim: int) -> None:
     for tokens, keep in ((1, 1), (130, 7), (3001, 700), (20001, 2000)):
         q, k, v = draw(1, 4, tokens, dim), *(draw(1, 2, tokens, dim) for _ in "kv")
-        scores = score_keys(k, draw(1, 2, dim, dtype=torch.float32))
+        scores = score_keys(k, draw(1, 4, 3, dim))
         indices, _ = select_kept(scores, keep, 7, False)
         gather_kept(k, v, indices)
         retaining_head_scores(q, k, v, draw(48, 8 * dim), draw(2, 48))

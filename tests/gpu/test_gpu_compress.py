@@ -100,16 +100,42 @@ def test_huge_tensors():
     assert (gather(k, k, indices, backend="triton")[0, 8] == 1).all()
 
 
+def assert_query_aware(query, k, layout="dense"):
+    found, eager = (mean_logits(*(lay_out(x, layout) for x in (query, k)), backend=b) for b in ("triton", "torch"))
+    mean = query.double().unflatten(1, (k.shape[1], -1)).mean(dim=(2, 3))
+    truth = (k.double() @ mean[..., None]).squeeze(-1)
+    size = float(k.double().norm(dim=-1).max() * mean.norm(dim=-1).max())
+    assert_rows_close(found[..., None], truth[..., None], eager=eager[..., None], value_scale=size)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_query_aware_scores_equal_the_formula(dtype, layout):
-    for tokens, dim in ((1, 16), (63, 128), (1000, 80), (16384, 128), (129, 256)):
-        query, k = draw(2, 6, 5, dim, dtype=dtype), draw(2, 2, tokens, dim, dtype=dtype, seed=1)
-        found, eager = (mean_logits(query, lay_out(k, layout), backend=backend) for backend in ("triton", "torch"))
-        mean = query.double().unflatten(1, (2, 3)).mean(dim=(2, 3))
-        truth = (k.double() @ mean[..., None]).squeeze(-1)
-        size = float(k.double().norm(dim=-1).max() * mean.norm(dim=-1).max())
-        assert_rows_close(found[..., None], truth[..., None], eager=eager[..., None], value_scale=size)
+    for query, tokens, dim in ((1, 1, 16), (5, 63, 128), (90, 1000, 80), (64, 16384, 128), (5, 129, 256)):
+        drawn = draw(2, 6, query, dim, dtype=dtype), draw(2, 2, tokens, dim, dtype=dtype, seed=1)
+        assert_query_aware(*drawn, layout)
+
+
+def test_query_aware_scores_wait_for_their_mean():
+    """A long question and few keys, again and again: a mean that came too late would be the one before it."""
+    questions = [draw(1, 32, 3000, 128, dtype=torch.bfloat16, seed=i) for i in range(20)]
+    k = draw(1, 8, 100, 128, dtype=torch.bfloat16)
+    wanted = [mean_logits(query, k, backend="torch") for query in questions]
+    graph, given = torch.cuda.CUDAGraph(), questions[0].clone()
+    mean_logits(given, k, backend="triton")
+    with torch.cuda.graph(graph):
+        replayed = mean_logits(given, k, backend="triton")
+    found = [mean_logits(query, k, backend="triton") for query in questions]
+    for query, scores, truth in zip(questions, found, wanted, strict=True):
+        given.copy_(query)
+        graph.replay()
+        assert torch.equal(scores, replayed)
+        torch.testing.assert_close(scores, truth, atol=1e-5, rtol=1e-5)
+
+
+def test_query_aware_scores_of_many_heads():
+    """More than a launch takes in any but its first dimension."""
+    assert_query_aware(draw(2, 40000, 2, 16), draw(2, 40000, 7, 16, seed=1))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -177,5 +203,5 @@ def test_custom_ops_are_well_formed():
     k, indices = draw(1, 2, 16, 20).mT, torch.zeros(1, 2, 3, dtype=torch.int64, device="cuda")
     torch.library.opcheck(select_kept, (k[..., 0], 3, 5, False))
     torch.library.opcheck(gather_kept, (k, k, indices))
-    torch.library.opcheck(score_keys, (k, draw(1, 2, 16)))
+    torch.library.opcheck(score_keys, (k, draw(1, 3, 4, 16).transpose(1, 2)))
     torch.library.opcheck(retaining_head_scores, (k, k, k, draw(8, 96), draw(2, 8)))

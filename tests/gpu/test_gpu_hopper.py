@@ -71,6 +71,18 @@ def test_scores_that_grow(dtype, dim):
         attend((q * some).to(dtype), (k * (0.1 + column / 100)).to(dtype), v, 200, 1000)
 
 
+@pytest.mark.parametrize("dtype", HALF)
+def test_what_is_not_a_number_stays_in_its_rows(dtype):
+    q, k, v = draw_inputs(4, (1, 1, 2), 700, 1700, 128, dtype, device="cuda")
+    q[:, :, 333], k[:, :, 1500] = torch.nan, torch.nan  # column 1500 is row 500's own
+    out, lse = masked_attention(q, k, v, anchor_tokens=200, passing_tokens=1000, backend="hopper")
+    spoilt = (torch.arange(700) == 333) | (torch.arange(700) >= 500)
+    assert out[:, :, spoilt].isnan().all() and lse[:, :, spoilt].isnan().all()
+    q, k = q[:, :, ~spoilt].nan_to_num(), k.nan_to_num()
+    mask = apb_mask(700, 1700, 200, 1000)[~spoilt]
+    assert_attention(out[:, :, ~spoilt], lse[:, :, ~spoilt], q, k, v, mask, lse_atol=1e-4)
+
+
 def test_fewer_buffers_give_the_same():
     q, k, v = draw_inputs(5, (2, 2, 2), 1300, 1500, 128, torch.bfloat16, device="cuda")
     out, lse = hopper.launch(q, k, v, 300, 200, 128**-0.5, stages=2)

@@ -4,8 +4,10 @@
     time to first token = layers · layer + the question's pass
 
 A host waits for no other in here, as it may inside a real layer. Messages are charged in full, as if nothing ran under
-them, but for methods that send while they attend: there the larger of attention and messages is charged. The embedding
-of the rows, one copy, is left out, and so is what a GPU waits for Python.
+them, but for methods that send while they attend: there the larger of attention and messages is charged. That is a
+little kind to APB, whose first gather has only the second block's compressor to hide under, and the question's gather
+nothing; nor is charged what NCCL takes from attention. The embedding of the rows, one copy, is left out, and so is what
+a GPU waits for Python.
 """
 
 import math
@@ -121,8 +123,8 @@ def _time_layers(
 ) -> tuple[list[dict[str, float]], float]:
     """Return the phases of single layers, and what Python takes to queue one.
 
-    On a GPU, `enough_s` of layers, or `repeats` of them, after half as long a warm-up. If Python takes more than half as
-    long as the device, that waits before each layer, so that all of it is queued when it begins.
+    On a GPU, `enough_s` of layers, or `repeats` of them, after half as long a warm-up. If Python takes more than half
+    as long as the device, that waits before each layer, so that all of it is queued when it begins.
     """
     queued_ms = math.inf
 
