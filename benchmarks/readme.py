@@ -52,12 +52,13 @@ def prefill() -> str:
         faster = shown["flash"].ttft_ms / row.ttft_ms
         lines.append(f"| {name} | {row.hosts} | {row.ttft_ms / 1000:.2f} | {faster:.1f} | {row.peak_gbytes:.0f} |")
     commits = ", ".join(sorted({f"{shown[method].date[:10]}, commit {shown[method].commit}" for method in PREFILL}))
-    measured = {(row.method, row.hosts): row.ttft_ms for row in rows if row.mode == "measured"}
-    both = [row for row in simulated if (row.method, row.hosts) in measured]
-    apart = [measured[row.method, row.hosts] / row.ttft_ms for row in both]
-    hosts = " and ".join(str(number) for number in sorted({row.hosts for row in both}))
+    measured = {(row.method, row.hosts): row for row in rows if row.mode == "measured"}
+    both = [(measured[row.method, row.hosts], row) for row in simulated if (row.method, row.hosts) in measured]
+    apart = [one.ttft_ms / other.ttft_ms for one, other in both]
+    hosts = " and ".join(str(number) for number in sorted({one.hosts for one, _ in both}))
+    others = ", ".join(sorted({row.commit for pair in both for row in pair}))
     lines.append(f"\nSimulated on one {device}, {commits}; with {hosts} of them, measured times are")
-    lines.append(f"{min(apart):.2f} to {max(apart):.2f} of simulated ones.")
+    lines.append(f"{min(apart):.2f} to {max(apart):.2f} of simulated ones (commits {others}).")
     return "\n".join(lines)
 
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._functorch import config as functorch_config
 
-from apb.bench import Row, append, backward, measure
+from apb.bench import Row, append, backward, kernel, measure
 from apb.bench.measure import Bench, Timing, time_in_turns
 from apb.bench.plots import _ceiling, bars, newest_run, read_ledger
 
@@ -210,6 +210,24 @@ def test_bars_of_the_ledger_of_this_repository(tmp_path):
     pytest.importorskip("matplotlib")
     for benchmark in {row.benchmark for row in read_ledger(LEDGER)}:
         assert bars(LEDGER, benchmark, tmp_path / f"{benchmark}.png").stat().st_size > 1000
+
+
+def test_long_calls_are_repeated_and_warmed_up_too(monkeypatch):
+    """What one call leaves behind must not be in most of another's times, however long they are."""
+    seen = []
+
+    def event_ms(call, repeats, *, warm=0):
+        seen.append((repeats, warm))
+        return [call()] * repeats
+
+    monkeypatch.setattr(measure, "_event_ms", event_ms)
+    time_in_turns({"a": lambda: 500.0})
+    assert seen[1:] == [(3, 2)] * 5  # behind the estimate
+
+
+def test_nobody_of_that_name():
+    with pytest.raises(ValueError, match=r"by: expected some of hopper, triton, .*, cudnn, got nobody"):
+        kernel.run(by=["fa3", "nobody"])
 
 
 def test_errors(bench, tmp_path):

@@ -128,6 +128,13 @@ def test_query_aware_scores_equal_the_formula(seed, layouts, sizes, dim, dtypes)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("shape", [(1, 5, 3, 16), (1, 4, 3, 8), (2, 4, 3, 16), (4, 3, 16)])
+def test_query_aware_scores_refuse_what_does_not_belong_together(backend, shape):
+    with pytest.raises(ValueError, match=r"query, k: expected .* got \[.*\] and \[1, 2, 9, 16\]"):
+        mean_logits(torch.randn(shape), torch.randn(1, 2, 9, 16), backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_query_aware_scores_of_nothing(backend):
     query, k = torch.randn(1, 4, 3, 16), torch.randn(1, 2, 9, 16)
     assert mean_logits(query, k[:, :, :0], backend=backend).shape == (1, 2, 0)

@@ -19,7 +19,7 @@ from apb.bench.peers import CuDNN, FlashAttention3
 __all__ = ["SHAPES", "Shape", "draw", "mask_pairs", "run"]
 
 Q_HEADS, KV_HEADS, DIM = 32, 8, 128
-_EVERYBODY = ("hopper", "triton", "flex", "sdpa", "fa3", "cudnn")
+_BACKENDS, _PEERS = ("hopper", "triton", "flex", "sdpa"), {"fa3": FlashAttention3, "cudnn": CuDNN}
 
 
 class Shape(NamedTuple):
@@ -72,8 +72,8 @@ def run(quick: bool = False, out: Path | None = None, by: Sequence[str] = ()) ->
         ValueError: there is nobody of that name.
         RuntimeError: if there is no CUDA device.
     """
-    if unknown := [name for name in by if name not in _EVERYBODY]:
-        raise ValueError(f"by: expected some of {', '.join(_EVERYBODY)}, got {', '.join(unknown)}")
+    if unknown := [name for name in by if name not in (*_BACKENDS, *_PEERS)]:
+        raise ValueError(f"by: expected some of {', '.join((*_BACKENDS, *_PEERS))}, got {', '.join(unknown)}")
     bench = Bench(f"masked_attention by {' and '.join(by)}" if by else "masked_attention")
     cases = [(str(shape), shape, False) for shape in SHAPES[: 2 if quick else None]]
     if not quick:
@@ -102,8 +102,8 @@ def _contenders(shape: Shape, growing: bool) -> Iterator[tuple[str, Callable[[],
     """Yield the name and the call of each backend and peer, on the same random bf16 tensors."""
     q, k, v = draw(shape, growing)
     lengths = {"anchor_tokens": shape.anchor, "passing_tokens": shape.passing}
-    for backend in ("hopper", "triton", "flex", "sdpa"):
+    for backend in _BACKENDS:
         yield backend, partial(masked_attention, q, k, v, **lengths, backend=backend)
     anchor_rows = shape.anchor if shape.anchor_rows else 0
-    yield "fa3", FlashAttention3(q, k, v, anchor_rows)
-    yield "cudnn", CuDNN(q, k, v, anchor_rows)
+    for name, peer in _PEERS.items():
+        yield name, peer(q, k, v, anchor_rows)

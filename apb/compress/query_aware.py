@@ -48,8 +48,14 @@ def mean_logits(
             order, so scores may differ by float32's rounding.
 
     Raises:
-        ValueError: a backend that cannot run here.
+        ValueError: shapes that do not belong together, or a backend that cannot run here.
     """
+    fits = query.ndim == k.ndim == 4 and (query.shape[0], query.shape[3]) == (k.shape[0], k.shape[3])
+    if not fits or query.shape[1] % max(1, k.shape[1]):
+        raise ValueError(
+            f"query, k: expected [batch, q_heads, query, dim] and [batch, kv_heads, tokens, dim] of the same batch and "
+            f"dim, q_heads a multiple of kv_heads, got {list(query.shape)} and {list(k.shape)}"
+        )
     if choose_backend(backend, query, k) == "triton":
         from apb.kernels.score import score_keys
 
